@@ -1,0 +1,64 @@
+"""Margins on the target logit."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+MarginGradient = Literal["exact", "straight_through"]
+MARGIN_GRADIENTS = ("exact", "straight_through")
+
+
+def unified_margin(cosine: Tensor, margin: tuple[float, float, float]) -> Tensor:
+    """Target cosine under the unified margin, before the scale: ``cos(m1 theta + m2) - m3``.
+
+    SphereFace (m1 > 1), ArcFace (m2 > 0; arXiv:1801.07698, Eq. 4 has all three) and CosFace (m3 > 0). Where ``m1 theta + m2`` would pass
+    pi, the cosine part goes on as ``cos(theta) - cos(theta_pi) - 1`` with ``m1 theta_pi + m2 = pi``: it joins without a jump, keeps
+    falling with theta (no fold-back) and keeps slope 1 in the cosine, so the hardest samples still get a gradient. The field's ArcFace
+    continues with slope 1 as well, but jumps there from -1 to ``-cos(m2) - m2 sin(m2)``.
+
+    Args:
+        cosine: any shape, floating; values outside [-1, 1] by round-off are clamped.
+        margin: (m1, m2, m3): factor on the angle, radians, cosine.
+    Returns: the same shape and dtype, differentiable in ``cosine`` except at theta = 0 and theta = theta_pi.
+    """
+    m1, m2, m3 = margin
+    if m1 == 1.0 and m2 == 0.0:
+        return cosine - m3
+    theta = torch.acos(_inside(cosine))
+    return torch.where(m1 * theta + m2 <= math.pi, torch.cos(m1 * theta + m2), cosine - _cosine_at_pi(m1, m2) - 1.0) - m3
+
+
+def margin_slope(cosine: Tensor, margin: tuple[float, float, float], gradient: MarginGradient) -> Tensor:
+    """d(target cosine under the margin) / d(cosine), same shape as ``cosine``.
+
+    ``exact`` is the true derivative ``m1 sin(m1 theta + m2) / sin(theta)``; it grows without bound as theta -> 0 and is capped only by
+    the clamp of the cosine to the open interval (-1, 1). ``straight_through`` is 1: what the field's published numbers were trained with.
+    """
+    m1, m2, _ = margin
+    if gradient == "straight_through" or (m1 == 1.0 and m2 == 0.0):
+        return torch.ones_like(cosine)
+    inside = _inside(cosine)
+    angle = m1 * torch.acos(inside) + m2
+    slope = m1 * torch.sin(angle) / torch.sqrt((1.0 - inside) * (1.0 + inside))
+    return torch.where(angle <= math.pi, slope, 1.0)
+
+
+def check_margin(margin: tuple[float, float, float]) -> tuple[float, float, float]:
+    """Return ``margin`` as three floats; ValueError unless m1 >= 1, 0 <= m2 < pi and m3 >= 0."""
+    m1, m2, m3 = (float(m) for m in margin)
+    if not (m1 >= 1.0 and 0.0 <= m2 < math.pi and m3 >= 0.0):
+        raise ValueError(f"margin must satisfy m1 >= 1, 0 <= m2 < pi and m3 >= 0, got (m1, m2, m3) = {(m1, m2, m3)}")
+    return m1, m2, m3
+
+
+def _inside(cosine: Tensor) -> Tensor:
+    edge = 1.0 - 1e-7  # theta = 4.5e-4 rad; one more float32 ulp would be cos(0) itself
+    return cosine.clamp(-edge, edge)
+
+
+def _cosine_at_pi(m1: float, m2: float) -> float:
+    return math.cos((math.pi - m2) / m1)

@@ -1,0 +1,120 @@
+"""``python -m eval``: embeddings to numbers from the command line."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from eval.embedder import INPUT_RANGES, load_embedder
+from eval.errors import EvalError
+from eval.pairs import FAR_TARGETS, PairReport, evaluate_pairs
+
+
+def main(argv: list[str]) -> int:
+    """Run one command. Returns the exit code: 0, 2 after ``error: ...`` on stderr, 130 when interrupted."""
+    args = _parser().parse_args(_join_input_range(argv))
+    try:
+        args.command(args)
+    except EvalError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _pairs(args: argparse.Namespace) -> None:
+    if args.json and not args.json.parent.is_dir():
+        raise EvalError(f"{args.json}: no such folder: {args.json.parent}")
+    embedder = load_embedder(args.model, args.input_range, args.batch_size)
+    how = "read from the model" if args.input_range == "auto" else "as told"
+    print(f"model {embedder.source}\ninput range {embedder.input_range} ({how}), batch size {embedder.batch_size}", flush=True)
+    report = evaluate_pairs(embedder, args.images, args.pairs, progress=_Progress())
+    _print_report(report)
+    if args.json:
+        record = {
+            "model": embedder.source,
+            "input_range": embedder.input_range,
+            "batch_size": embedder.batch_size,
+            "images": str(args.images),
+            "pairs": str(args.pairs),
+            **asdict(report),
+            "images_per_second": report.images_per_second,
+        }
+        _write_json(args.json, record)
+
+
+def _print_report(report: PairReport) -> None:
+    print(f"{report.num_pairs} pairs of {report.num_images} images, embeddings of {report.embedding_size}")
+    for name, accuracy in (("accuracy", report.accuracy), ("accuracy with exact thresholds", report.accuracy_exact)):
+        print(f"{name} {100 * accuracy.mean:.2f} % (std {100 * accuracy.std:.2f} over {len(accuracy.accuracies)} folds)")
+    for point in report.tar_at_far:
+        print(f"TAR@FAR={point.far_target:.0e} {100 * point.tar:.2f} % (FAR {point.far:.2e} at cosine >= {point.threshold:.4f})")
+    for far in report.unresolved_far:
+        print(f"TAR@FAR={far:.0e} not resolved: needs {1 / far:.0f} impostor pairs")
+    print(f"{report.images_per_second:.1f} images/s (each with its mirror), {report.seconds:.1f} s")
+
+
+class _Progress:
+    """One line on stderr, rewritten at most once a second on a terminal, and written every 30 s elsewhere: images done, rate, time left."""
+
+    def __init__(self) -> None:
+        self._tty = sys.stderr.isatty()
+        self._start = self._last = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done < total and now - self._last < (1 if self._tty else 30):
+            return
+        self._last = now
+        rate = done / max(now - self._start, 1e-9)
+        line = f"{done}/{total} images, {rate:.0f}/s, {(total - done) / rate:.0f} s left"
+        print(f"\r{line:<60}" if self._tty else line, end="\n" if done == total or not self._tty else "", file=sys.stderr, flush=True)
+
+
+def _write_json(path: Path, record: dict) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _join_input_range(argv: list[str]) -> list[str]:
+    """Turn ``--input-range -1..1`` into ``--input-range=-1..1``: argparse would read the value as an option."""
+    joined = list(argv)
+    for index in range(len(joined) - 1, 0, -1):
+        if joined[index - 1] == "--input-range" and joined[index] in INPUT_RANGES:
+            joined[index - 1 : index + 1] = [f"--input-range={joined[index]}"]
+    return joined
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m eval", description="Turn a face model's embeddings into published numbers.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    fars = ", ".join(f"{far:.0e}" for far in FAR_TARGETS)
+    pairs = commands.add_parser(
+        "pairs",
+        help="verification accuracy and TAR@FAR on a list of pairs (LFW, CFP, AgeDB)",
+        description="Embed every image of a pairs file and its mirror, sum and normalise, and score each pair by cosine. Prints accuracy "
+        f"over the file's folds (threshold chosen on the others) and TAR at FAR {fars}, as far as the pairs resolve them.",
+    )
+    pairs.add_argument("--model", required=True, type=Path, help="a run directory (its newest checkpoint), a .safetensors or an .onnx file")
+    pairs.add_argument("--images", required=True, type=Path, help="folder with <Name>/<Name>_0001.jpg (.png, .jpeg): aligned, 112 x 112")
+    pairs.add_argument("--pairs", required=True, type=Path, help="LFW format: 'folds n', then per fold n genuine and n impostor lines")
+    pairs.add_argument(
+        "--input-range",
+        choices=("auto", *INPUT_RANGES),
+        default="auto",
+        help="pixel values that the model takes; auto: 0..255 for an ONNX graph that begins with a Sub and a Mul or Div, else -1..1",
+    )
+    pairs.add_argument("--batch-size", type=int, default=64, help="images per forward (default 64; a fixed-batch graph keeps its own)")
+    pairs.add_argument("--json", type=Path, help="also write every number, per fold too, to this file")
+    pairs.set_defaults(command=_pairs)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

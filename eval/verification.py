@@ -1,0 +1,125 @@
+"""Verification scores to numbers: accuracy over folds and TAR@FAR, in numpy float64.
+
+One rule throughout: a pair is accepted as the same person when its score is at least the threshold.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from eval.errors import EvalError
+
+# What the field's LFW scripts search: squared distances 2 - 2 cos from 0 to 3.99 in steps of 0.01, here as cosines, ascending. A coarse
+# grid, but published accuracies were read on it.
+FIELD_GRID = 1 - np.arange(399, -1, -1) / 200
+
+
+@dataclass(frozen=True)
+class PairAccuracy:
+    """Accuracy over folds; ``accuracies[i]`` and ``thresholds[i]`` belong to fold i, held out."""
+
+    mean: float  # share of pairs judged right, in [0, 1], mean over folds
+    std: float  # population standard deviation over folds (divisor: number of folds), as the field reports it
+    accuracies: tuple[float, ...]
+    thresholds: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class TarAtFar:
+    """True accept rate at a false accept rate."""
+
+    far_target: float
+    tar: float
+    far: float  # reached at ``threshold``; at most far_target
+    threshold: float
+    genuine: int  # pairs of one person
+    impostor: int  # pairs of two persons
+
+
+def kfold_accuracy(scores: ArrayLike, same: ArrayLike, num_folds: int = 10, candidates: ArrayLike | None = None) -> PairAccuracy:
+    """Accuracy on each of ``num_folds`` contiguous folds at the threshold that is best on the other folds.
+
+    Of equally good thresholds the highest (strictest) is taken.
+
+    Args:
+        scores: [P] similarity, higher means more alike.
+        same: [P] bool, True for pairs of one person.
+        num_folds: at least 2; the first P % num_folds folds hold one pair more.
+        candidates: thresholds to choose among, ascending, such as ``FIELD_GRID``. None searches exactly: every partition that the other
+            folds' scores allow, the threshold midway between two neighbouring distinct scores, or accepting all, or none.
+    Raises: EvalError for unequal lengths, scores that are not finite, or fewer pairs than folds.
+    """
+    scores, same = _checked(scores, same)
+    if not 2 <= num_folds <= len(scores):
+        raise EvalError(f"{num_folds} folds of {len(scores)} pairs: need at least 2 folds and a pair in each")
+    accuracies, thresholds = [], []
+    for held_out in np.array_split(np.arange(len(scores)), num_folds):
+        rest = np.ones(len(scores), dtype=bool)
+        rest[held_out] = False
+        cuts = _every_cut(scores[rest]) if candidates is None else np.asarray(candidates, dtype=np.float64)
+        threshold = _best_threshold(cuts, scores[rest], same[rest])
+        thresholds.append(threshold)
+        accuracies.append(float(np.mean((scores[held_out] >= threshold) == same[held_out])))
+    return PairAccuracy(float(np.mean(accuracies)), float(np.std(accuracies)), tuple(accuracies), tuple(thresholds))
+
+
+def tar_at_far(scores: ArrayLike, same: ArrayLike, far: float) -> TarAtFar:
+    """The highest TAR whose FAR is at most ``far``: the TAR at the lowest observed score that is such a threshold.
+
+    Args:
+        scores: [P] similarity; same: [P] bool; far: target in (0, 1].
+    Raises: EvalError when the impostor pairs can't resolve the target (1e-6 needs a million of them), or a class is missing.
+    """
+    scores, same = _checked(scores, same)
+    if not 0 < far <= 1:
+        raise EvalError(f"FAR target must lie in (0, 1], got {far}")
+    genuine, impostor = np.sort(scores[same]), np.sort(scores[~same])
+    if not len(genuine) or not can_resolve(far, len(impostor)):
+        raise EvalError(
+            f"TAR@FAR={far:g} needs at least 1 genuine and {1 / far:.0f} impostor pairs, found {len(genuine)} and {len(impostor)}"
+        )
+    thresholds = np.append(np.unique(scores), _above(scores.max()))  # ascending; the last accepts no pair
+    fars = _num_accepted(impostor, thresholds) / len(impostor)
+    first = int(np.argmax(fars <= far))  # FAR falls along the thresholds, and is 0 at the last
+    tar = _num_accepted(genuine, thresholds[first]) / len(genuine)
+    return TarAtFar(far, float(tar), float(fars[first]), float(thresholds[first]), len(genuine), len(impostor))
+
+
+def can_resolve(far: float, num_impostor: int) -> bool:
+    """Whether one false accept among ``num_impostor`` pairs is no more than the target."""
+    return num_impostor > 0 and 1 / num_impostor <= far
+
+
+def _every_cut(scores: np.ndarray) -> np.ndarray:
+    """A threshold for each way to part ``scores`` into accepted and refused, ascending: all accepted, midpoints, none accepted."""
+    distinct = np.unique(scores)
+    low, high = distinct[:-1], distinct[1:]
+    middle = low + (high - low) / 2
+    middle = np.where(middle > low, middle, high)  # neighbouring floats have no middle
+    return np.concatenate([distinct[:1], middle, [_above(distinct[-1])]])
+
+
+def _best_threshold(candidates: np.ndarray, scores: np.ndarray, same: np.ndarray) -> float:
+    genuine, impostor = np.sort(scores[same]), np.sort(scores[~same])
+    right = _num_accepted(genuine, candidates) + len(impostor) - _num_accepted(impostor, candidates)
+    return float(candidates[len(candidates) - 1 - np.argmax(right[::-1])])  # the last of the best: candidates ascend
+
+
+def _above(score: float) -> float:
+    return float(np.nextafter(score, np.inf))
+
+
+def _num_accepted(ascending: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    return len(ascending) - np.searchsorted(ascending, thresholds, side="left")
+
+
+def _checked(scores: ArrayLike, same: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    scores, same = np.asarray(scores, dtype=np.float64), np.asarray(same)
+    if scores.ndim != 1 or scores.shape != same.shape or not len(scores):
+        raise EvalError(f"scores and same must be two equally long, non-empty vectors, got shapes {scores.shape} and {same.shape}")
+    if same.dtype != bool:
+        raise EvalError(f"same must be bool, got {same.dtype}")
+    if not np.isfinite(scores).all():
+        raise EvalError(f"{np.count_nonzero(~np.isfinite(scores))} of {len(scores)} scores are not finite")
+    return scores, same

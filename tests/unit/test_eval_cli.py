@@ -1,0 +1,112 @@
+"""``python -m eval pairs``: what it prints, writes and how it fails; and the published model's published number."""
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from eval.__main__ import main
+from eval.embedder import load_embedder
+from eval.pairs import evaluate_pairs
+from model.vit import build_vit
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def arguments(tmp_path) -> list[str]:
+    """A tiny model, eleven people of two equal images each, and pairs of them: command-line arguments that work."""
+    torch.manual_seed(0)
+    save_file(build_vit("vit_xxt", embedding_size=16).state_dict(), tmp_path / "w.safetensors")
+    rng = np.random.default_rng(0)
+    people = [f"P{index}" for index in range(11)]
+    for person in people:
+        (tmp_path / "images" / person).mkdir(parents=True)
+        pixels = rng.integers(0, 256, (7, 7, 3), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
+        for number in (1, 2):
+            Image.fromarray(pixels).save(tmp_path / "images" / person / f"{person}_{number:04d}.png")
+    lines = ["10 1"]
+    for first, second in itertools.pairwise(people):
+        lines += [f"{first} 1 2", f"{first} 1 {second} 1"]
+    (tmp_path / "pairs.txt").write_text("\n".join(lines))
+    return ["pairs", *("--model", f"{tmp_path}/w.safetensors", "--images", f"{tmp_path}/images", "--pairs", f"{tmp_path}/pairs.txt")]
+
+
+def test_pairs_prints_and_writes_the_numbers(arguments, tmp_path, capsys):
+    assert main([*arguments, "--json", f"{tmp_path}/out.json", "--batch-size", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "input range -1..1 (read from the model), batch size 4" in out
+    assert "20 pairs of 21 images, embeddings of 16" in out
+    assert "accuracy 100.00 % (std 0.00 over 10 folds)" in out  # equal images against different ones
+    assert "TAR@FAR=1e-01 100.00 % (FAR " in out
+    assert "TAR@FAR=1e-02 not resolved: needs 100 impostor pairs" in out
+    assert "images/s" in out
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record["accuracy"]["mean"] == 1
+    assert len(record["accuracy"]["accuracies"]) == len(record["accuracy"]["thresholds"]) == 10
+    assert record["tar_at_far"][0]["far_target"] == 0.1
+    assert record["unresolved_far"] == [1e-2, 1e-3, 1e-4]
+    assert record["input_range"] == "-1..1"
+    assert sorted(path.name for path in tmp_path.glob("*out.json*")) == ["out.json"]  # no temporary file left
+
+
+@pytest.mark.parametrize("words", [["--input-range", "-1..1"], ["--input-range=-1..1"]])
+def test_an_input_range_that_begins_with_a_minus_may_stand_alone(arguments, words, capsys):
+    assert main([*arguments, *words]) == 0
+    assert "input range -1..1 (as told)" in capsys.readouterr().out
+
+
+def test_bad_input_ends_in_one_line_and_exit_code_2(arguments, tmp_path, capsys):
+    (tmp_path / "images" / "P3" / "P3_0002.png").unlink()
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "P3_0002" in error
+    assert error.count("\n") == 1
+
+
+def test_a_json_path_that_cannot_be_written_is_refused_before_the_work(arguments, tmp_path, capsys):
+    assert main([*arguments, "--json", f"{tmp_path}/nowhere/out.json"]) == 2
+    captured = capsys.readouterr()
+    assert "nowhere/out.json: no such folder" in captured.err
+    assert captured.out == ""
+
+
+def test_an_interrupt_ends_in_one_line_and_exit_code_130(arguments, tmp_path, capsys, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("eval.__main__.evaluate_pairs", interrupt)
+    assert main([*arguments, "--json", f"{tmp_path}/out.json"]) == 130
+    assert capsys.readouterr().err.strip() == "interrupted; nothing was written"
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_the_module_runs_from_the_repository_root_and_explains_itself():
+    command = [sys.executable, "-m", "eval", "pairs", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+    for word in ("--model", "--images", "--pairs", "--input-range", "--batch-size", "--json", "run directory"):
+        assert word in done.stdout
+
+
+@pytest.mark.faces
+def test_a_published_model_parts_the_pairs_of_real_faces(faces, tmp_path):
+    """40 + 40 of the official pairs, at most 2 of them wrong (all 6,000 take minutes and give 99.40 %)."""
+    lines = (faces / "protocol" / "lfw" / "pairs.txt").read_text().splitlines()
+    chosen = ["2\t20"]
+    for fold in (0, 1):
+        start = 1 + 600 * fold
+        chosen += lines[start : start + 20] + lines[start + 300 : start + 320]
+    (tmp_path / "pairs.txt").write_text("\n".join(chosen))
+    model = faces / "models" / "mobilefacenet_y1_ms1m.onnx"
+    report = evaluate_pairs(load_embedder(model), faces / "lfw_112", tmp_path / "pairs.txt")
+    assert report.num_pairs == 80
+    assert report.embedding_size == 128
+    assert report.accuracy.mean >= 78 / 80

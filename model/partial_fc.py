@@ -226,7 +226,7 @@ class _Ranks:
         if self.world_size == 1:
             return x
         out = x.new_empty(x.shape[0] * self.world_size, *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous(), group=self._group)
+        dist.all_gather_single(out, x.contiguous(), group=self._group)
         return out
 
     def sum(self, x: Tensor) -> None:
@@ -238,7 +238,7 @@ class _Ranks:
         if self.world_size == 1:
             return x
         out = x.new_empty(x.shape[0] // self.world_size, *x.shape[1:])
-        dist.reduce_scatter_tensor(out, x, group=self._group)
+        dist.reduce_scatter_single(out, x, group=self._group)
         return out
 
 

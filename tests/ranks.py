@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import sys
 import tempfile
 import time
 import traceback
@@ -48,7 +47,9 @@ def _wait(ranks: list, folder: str, timeout_s: float) -> None:
             process.join()
     errors = sorted(Path(folder).glob("error*"), key=lambda path: path.stat().st_mtime)
     if errors:
-        raise AssertionError(f"rank {errors[0].name.removeprefix('error')} failed:\n{errors[0].read_text()}")
+        rank = errors[0].name.removeprefix("error")
+        log = Path(folder, f"log{rank}").read_text()[-2000:]
+        raise AssertionError(f"rank {rank} failed:\n{errors[0].read_text()}\nits output ended with:\n{log}")
     dead = {rank: process.exitcode for rank, process in enumerate(ranks) if process.exitcode != 0 and rank not in unfinished}
     if dead:
         raise AssertionError(f"ranks ended without a traceback; exit codes: {dead}")
@@ -61,6 +62,9 @@ def _rank_main(rank: int, world_size: int, folder: str, function, args) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    log = os.open(f"{folder}/log{rank}", os.O_WRONLY | os.O_CREAT)
+    for stream in (1, 2):  # DeepSpeed is talkative; the log is shown if a rank fails
+        os.dup2(log, stream)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     try:
         dist.init_process_group(
@@ -72,5 +76,4 @@ def _rank_main(rank: int, world_size: int, folder: str, function, args) -> None:
         dist.destroy_process_group()
     except BaseException:
         (Path(folder) / f"error{rank}").write_text(traceback.format_exc())
-        sys.stderr.flush()
         os._exit(1)

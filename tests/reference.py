@@ -48,7 +48,7 @@ def head_reference(embeddings, weight, labels, *, margin, scale, margin_gradient
         total = total + torch.logsumexp(torch.stack([torch.zeros((), dtype=torch.float64), *terms]), 0)
     loss = total / len(labels)
     loss.backward()
-    return HeadReference(float(loss), f.grad, w.grad, sum(cosines) / len(cosines))
+    return HeadReference(loss.item(), f.grad, w.grad, sum(cosines) / len(cosines))
 
 
 def margin_reference(cosine, margin, margin_gradient):

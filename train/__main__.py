@@ -1,0 +1,96 @@
+"""Entry: ``deepspeed --module train ...`` or ``torchrun -m train ...``, from the repository root."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import model
+
+_ERROR, _INTERRUPTED = 2, 130
+_DESCRIPTION = """\
+Train a face-recognition backbone through the stages of a recipe.
+
+  deepspeed --num_gpus 2 --module train --config train/recipes/demo.yaml --deepspeed_config ds_configs/zero1_bf16.json \\
+      data.path=SHARDS output=RUN [key=value ...]
+
+key=value overrides the recipe, with dots for sections: optimizer.lr=5e-4 stages.0.epochs=2. The run lies in `output`: recipe.yaml,
+metrics.jsonl, summary.json, checkpoints/. Started again, it goes on from its newest complete checkpoint (resume=auto).
+Exit codes: 0 the run is complete, 2 something given is wrong (one line says what), 130 interrupted."""
+
+
+def main() -> None:
+    """Parse, check everything that needs no other rank, train, evaluate."""
+    arguments = _parse_arguments()
+    _check_import_path()
+    # Heavy imports come after the cheap refusals.
+    from train.config import load_run_config
+    from train.dist import import_deepspeed, process_group, read_ranks
+    from train.ds_config import load_ds_config
+
+    ranks = read_ranks()
+    try:
+        cfg = load_run_config(arguments.config, arguments.overrides)
+        import_deepspeed(ranks.device)
+        ds_config, summary = load_ds_config(arguments.deepspeed_config, cfg, ranks.world_size, ranks.device.type)
+    except ValueError as error:  # every rank sees the same; one of them says it
+        _stop(str(error) if ranks.is_first else None)
+    try:
+        with process_group(ranks) as ranks:
+            _train(cfg, ds_config, summary, ranks)
+    except ValueError as error:  # ConfigError, DataError, CheckpointError, EvalError
+        _stop(f"rank {ranks.rank}: {error}")
+    except KeyboardInterrupt:
+        print(
+            f"rank {ranks.rank}: interrupted; the newest checkpoint is complete, start again to go on from it", file=sys.stderr, flush=True
+        )
+        os._exit(_INTERRUPTED)
+
+
+def _train(cfg, ds_config, summary, ranks) -> None:
+    from train.loop import train
+    from train.report import write_summary
+    from train.run import build_run
+
+    run = build_run(cfg, ds_config, summary, ranks)
+    train(run)
+    if ranks.is_first:  # the others wait at the end of the process group
+        write_summary(run, _evaluate(cfg) if cfg.eval else None)
+    run.close()
+
+
+def _evaluate(cfg):
+    """Pair accuracy of the newest checkpoint."""
+    from eval.embedder import load_embedder
+    from eval.pairs import evaluate_pairs
+
+    return evaluate_pairs(load_embedder(cfg.output), cfg.eval.images, cfg.eval.pairs)
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser("train", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="recipe (YAML), see train/recipes/")
+    parser.add_argument("--deepspeed_config", type=Path, required=True, help="DeepSpeed's JSON, see ds_configs/README.md")
+    parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; LOCAL_RANK in the environment is what counts")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe values, e.g. data.path=SHARDS")
+    return parser.parse_args()
+
+
+def _check_import_path() -> None:
+    """`model` and `train` are names that an installed package may claim; theirs would win over ours without a word."""
+    ours, found = Path(__file__).resolve().parents[1] / "model", Path(model.__file__).resolve().parent
+    if found != ours:
+        _stop(f"`import model` finds {found}, expected {ours}: start from the repository root, with --module or -m")
+
+
+def _stop(message: str | None) -> None:
+    if message:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.stderr.flush()
+    os._exit(_ERROR)  # not sys.exit: other ranks may be waiting in a collective that teardown would wait for
+
+
+if __name__ == "__main__":
+    main()

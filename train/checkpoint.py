@@ -1,0 +1,243 @@
+"""Checkpoints: committed or not there at all. Shards first, then the manifest, then the pointer.
+
+    checkpoints/
+      latest                  text: the name of the newest complete checkpoint
+      step_00001200/
+        engine/               DeepSpeed's own shards: parameters, float32 masters, optimizer moments
+        rank_00000.pt ...     per rank: its rows of the head, the loader's cursor, random state, its BatchNorm statistics
+        backbone.safetensors  the whole backbone in float32 under its released key names, for evaluation and release
+        manifest.json         what the run was, and size and SHA-256 of every file above; a folder without it is not a checkpoint
+
+A checkpoint is written as ``step_00001200.partial`` and renamed when every file and the manifest are on disk, so a kill at any moment
+leaves the checkpoints before it untouched and never one that only looks whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from train.dist import Ranks
+from train.engine import full_backbone_weights
+
+_FORMAT = 1
+_NAME = re.compile(r"step_\d{8}")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the folder, what was expected, what was found and what to do."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What must be the same for a checkpoint to be continued bit for bit; plain JSON values. The loader checks the data by itself."""
+
+    world_size: int
+    zero_stage: int
+    precision: str
+    recipe: dict[str, Any]  # RunConfig.mathematics()
+
+    def differences(self, saved: dict[str, Any]) -> list[str]:
+        """``key: this run has X, the checkpoint Y`` for every difference, nested keys dotted."""
+        mine, theirs = _flatten(json.loads(json.dumps(vars(self)))), _flatten(saved)
+        keys = sorted(mine.keys() | theirs.keys())
+        return [
+            f"{key}: this run has {mine.get(key)}, the checkpoint {theirs.get(key)}" for key in keys if mine.get(key) != theirs.get(key)
+        ]
+
+
+class Checkpoints:
+    """The ``checkpoints`` folder of one run."""
+
+    def __init__(self, folder: Path, ranks: Ranks, identity: Identity, keep_last: int, backbone: dict[str, str]) -> None:
+        """``backbone``: the metadata of backbone.safetensors, enough to build the network again."""
+        self.folder, self._ranks, self._identity, self._keep_last, self._backbone = folder, ranks, identity, keep_last, backbone
+
+    def save(self, step: int, engine, rank_state: dict[str, Any], run_state: dict[str, Any]) -> Path:
+        """Commit a checkpoint of ``step`` completed optimizer steps and delete those beyond keep_last.
+
+        Args:
+            rank_state: this rank's tensors and plain values (torch.save, readable with weights_only).
+            run_state: JSON values that are equal on all ranks; rank 0's are kept.
+
+        Collectives: DeepSpeed's save, the gather of the backbone, three barriers.
+        """
+        name = f"step_{step:08d}"
+        final, partial = self.folder / name, self.folder / f"{name}.partial"
+        if self._ranks.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self._ranks.barrier()
+        engine.save_checkpoint(str(partial), tag="engine", save_latest=False)
+        buffers = {key: buffer.detach().cpu().clone() for key, buffer in engine.module.named_buffers()}
+        torch.save({**rank_state, "buffers": buffers, "rng": _random_state()}, partial / f"rank_{self._ranks.rank:05d}.pt")
+        weights = full_backbone_weights(engine, self._ranks.group)
+        if self._ranks.is_first:
+            save_file(weights, partial / "backbone.safetensors", metadata=self._backbone)
+        self._ranks.barrier()
+        if self._ranks.is_first:
+            manifest = {"format": _FORMAT, "step": step, "identity": vars(self._identity), "run": run_state, "files": _describe(partial)}
+            _write_durably(partial / "manifest.json", json.dumps(manifest, indent=1))
+            if final.exists():  # the same step saved again after a resume that passed it over
+                _delete(final)
+            os.replace(partial, final)
+            _sync_folder(self.folder)
+            _write_durably(self.folder / "latest", name + "\n")
+            for old in self._names()[: -self._keep_last]:
+                _delete(self.folder / old)
+        self._ranks.barrier()
+        return final
+
+    def newest(self, say: Callable[[str], None]) -> Path | None:
+        """The newest complete checkpoint, every file checked against the manifest; None if the run has none at all.
+
+        Those passed over are reported through ``say`` with the reason. Raises CheckpointError on every rank if there are checkpoints but
+        none is complete. Collectives: one broadcast (rank 0 reads).
+        """
+        answer = self._ranks.broadcast(self._find_newest() if self._ranks.is_first else None)
+        name, passed_over = answer
+        for reason in passed_over:
+            say(reason)
+        if name is None and passed_over:
+            raise CheckpointError(
+                f"{self.folder}: no checkpoint here is complete ({len(passed_over)} passed over, reasons above); "
+                "repair one, or start again with another output"
+            )
+        return self.folder / name if name else None
+
+    def _find_newest(self) -> tuple[str | None, list[str]]:
+        passed_over = []
+        for stale in [*self.folder.glob("step_*.partial"), *self.folder.glob("step_*.deleted")]:
+            shutil.rmtree(stale, ignore_errors=True)
+        for name in reversed(self._names()):
+            problem = _problem(self.folder / name)
+            if problem is None:
+                return name, passed_over
+            passed_over.append(f"passing over checkpoint {self.folder / name}: {problem}")
+        return None, passed_over
+
+    def _names(self) -> list[str]:
+        return sorted(path.name for path in self.folder.glob("step_*") if _NAME.fullmatch(path.name))
+
+    def read(self, checkpoint: Path) -> Saved:
+        """The checkpoint's state for this rank. Raises CheckpointError if it belongs to another run (see :class:`Identity`)."""
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        differences = self._identity.differences(manifest["identity"])
+        if differences:
+            raise CheckpointError(
+                f"{checkpoint} belongs to another run: {'; '.join(differences)}. Undo the change, or start anew with another output"
+            )
+        rank_state = torch.load(checkpoint / f"rank_{self._ranks.rank:05d}.pt", weights_only=True)
+        return Saved(checkpoint, manifest["step"], rank_state, manifest["run"])
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint as one rank sees it."""
+
+    folder: Path
+    step: int
+    rank_state: dict[str, Any]
+    run_state: dict[str, Any]
+
+    def restore(self, engine) -> None:
+        """Give the engine its weights and optimizer, this rank its BatchNorm statistics and random state. Collectives: DeepSpeed's load."""
+        engine.load_checkpoint(str(self.folder), tag="engine")
+        buffers = dict(engine.module.named_buffers())
+        for key, saved in self.rank_state["buffers"].items():
+            buffers[key].copy_(saved)
+        _restore_random_state(self.rank_state["rng"])
+
+
+def _problem(checkpoint: Path) -> str | None:
+    """Why a folder is not a complete checkpoint."""
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        files = manifest["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"its manifest cannot be read ({error})"
+    if manifest.get("format") != _FORMAT:
+        return f"its format is {manifest.get('format')}, this version reads {_FORMAT}"
+    for name, expected in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, the manifest says {expected['bytes']}"
+        if _sha256(path) != expected["sha256"]:
+            return f"the SHA-256 of {name} is not the manifest's: its content has changed"
+    return None
+
+
+def _describe(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file, each flushed to disk first."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    for sub in {path.parent for path in files}:
+        _sync_folder(sub)
+    return {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_durably(path: Path, text: str) -> None:
+    """Replace ``path`` in one move: a reader sees the old text or the new."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _delete(checkpoint: Path) -> None:
+    """Remove a checkpoint; a kill half-way leaves a folder that no longer has a checkpoint's name."""
+    doomed = checkpoint.with_name(checkpoint.name + ".deleted")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(checkpoint, doomed)
+    shutil.rmtree(doomed)
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _restore_random_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, dict) and tree:
+        return {
+            key: value for name, sub in tree.items() for key, value in _flatten(sub, f"{prefix}.{name}" if prefix else str(name)).items()
+        }
+    return {prefix: tree}

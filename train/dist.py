@@ -1,0 +1,90 @@
+"""The process group and this rank's place in it: the only reader of RANK, LOCAL_RANK and WORLD_SIZE."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all."""
+
+    rank: int
+    local_rank: int  # picks the device and the metrics port, nothing else
+    world_size: int
+    local_world_size: int  # ranks on this node
+    device: torch.device
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def device_id(self) -> int | None:
+        """The GPU's index for DALI; None on a CPU."""
+        return self.device.index if self.device.type == "cuda" else None
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.group)
+
+    def broadcast(self, value: object) -> object:
+        """Rank 0's picklable ``value`` on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.group, device=self.device)
+        return box[0]
+
+    def gather(self, value: object) -> list:
+        """Every rank's picklable ``value`` in rank order, on every rank."""
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+
+def read_ranks() -> Ranks:
+    """What the launcher (``deepspeed`` or ``torchrun``) put into the environment; one process on its own without a launcher."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
+    return Ranks(rank, local_rank, world_size, local_world_size, device)
+
+
+@contextmanager
+def process_group(ranks: Ranks, timeout: timedelta = timedelta(minutes=30)) -> Iterator[Ranks]:
+    """Join the default process group (nccl on GPUs, gloo on CPUs) through DeepSpeed and leave it in order at the end.
+
+    Collectives: the rendezvous, and a barrier at a regular end (without it about half of the CPU runs abort in teardown).
+    """
+    import_deepspeed(ranks.device)
+    import deepspeed
+
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}.items():
+        os.environ.setdefault(name, str(value))  # for one process without a launcher
+    if ranks.device.type == "cuda":
+        torch.cuda.set_device(ranks.device)
+    else:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
+    deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", timeout=timeout, verbose=False)
+    yield Ranks(ranks.rank, ranks.local_rank, ranks.world_size, ranks.local_world_size, ranks.device, dist.group.WORLD)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def import_deepspeed(device: torch.device) -> None:
+    """Import DeepSpeed so that it neither compiles an op (its shared-memory collective needs a C++ compiler and minutes) nor chats."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    from deepspeed.utils import logger
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logger.setLevel(logging.WARNING)

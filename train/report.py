@@ -1,0 +1,92 @@
+"""What a run tells its user: the opening lines, a progress line per log window, the summary."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from train.ds_config import DeepSpeedSummary
+from train.metrics import StepRecord
+from train.stages import Stage
+
+if TYPE_CHECKING:
+    from eval.pairs import PairReport
+    from train.run import Run
+
+
+def announce(run: Run, summary: DeepSpeedSummary) -> None:
+    """Write the resolved recipe beside the checkpoints and print what is about to run. Collectives: a gather of the metrics ports."""
+    cfg, ranks, batches = run.cfg, run.ranks, run.batches
+    if ranks.is_first:
+        cfg.output.mkdir(parents=True, exist_ok=True)
+        (cfg.output / "recipe.yaml").write_text(cfg.to_yaml())
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in run.engine.module.parameters())
+    ports = ranks.gather(run.metrics.port)
+    run.say(
+        f"{cfg.model.name} ({parameters / 1e6:.2f} M parameters), ZeRO {summary.zero_stage}, {summary.precision}, "
+        f"{ranks.world_size} ranks on {ranks.device.type}"
+    )
+    run.say(
+        f"{batches.num_images:,} images of {batches.num_classes:,} identities in {cfg.data.path}; global batch "
+        f"{cfg.global_batch_size(ranks.world_size):,}; {run.stages.total_steps:,} steps, {batches.steps_per_epoch:,} micro-batches an epoch"
+    )
+    if run.metrics.port:
+        run.say("metrics at " + ", ".join(f"http://{cfg.metrics.host}:{port}/metrics" for port in ports))
+
+
+def stage_line(stage: Stage) -> str:
+    config = stage.config
+    expectation = "updated" if config.update_expectation else "not updated"
+    return (
+        f"stage {stage.name}: steps {stage.start + 1} to {stage.stop}, sample_rate {config.sample_rate:g}, centers {config.centers}, "
+        f"expectation {expectation}"
+    )
+
+
+def progress_line(record: StepRecord, total_steps: int) -> str:
+    total = record.step_seconds.get("total", 0.0)
+    parts = [
+        f"step {record.step:>{len(str(total_steps))}}/{total_steps}",
+        record.stage_name,
+        f"epoch {record.epoch:.2f}",
+        f"loss {record.loss:.4f}",
+        f"cos {record.target_cosine:.3f}",
+        f"lr {record.learning_rate:.2e}",
+        f"|g| {record.gradient_norm:.3g}",
+        f"skipped {record.skipped_steps}" if record.skipped_steps else "",
+        f"{record.images_per_second:,.0f} images/s",
+        f"data {record.step_seconds.get('data', 0.0) / total:.0%}" if total else "",
+        f"ETA {format_seconds(record.eta_seconds)}",
+    ]
+    return "  ".join(part for part in parts if part)
+
+
+def format_seconds(seconds: float) -> str:
+    """``m:ss`` or ``h:mm:ss``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def write_summary(run: Run, report: PairReport | None) -> None:
+    """Print the outcome and write it to ``summary.json`` in the output folder: the mark of a complete run. Rank 0 only."""
+    cfg, losses = run.cfg, run.losses.summary()
+    throughput = run.images_trained / run.seconds_trained if run.seconds_trained else None
+    rows = [("throughput", f"{throughput:,.0f} images/s over {run.ranks.world_size} ranks")] if throughput else []
+    rows += [("loss", f"{stage}: {start:.4f} at the start, {end:.4f} at the end") for stage, (start, end) in losses.items()]
+    if report:
+        accuracy = report.accuracy
+        text = f"{100 * accuracy.mean:.2f} % (std {100 * accuracy.std:.2f}) on the {report.num_pairs:,} pairs of {cfg.eval.pairs}"
+        rows.append(("accuracy", text))
+    if run.metrics.port:
+        rows.append(("metrics", f"were served at http://{cfg.metrics.host}:{run.metrics.port}/metrics"))
+    rows += [("log", str(cfg.output / "metrics.jsonl")), ("checkpoint", str(run.last_checkpoint))]
+    print("\ndone", *(f"  {name:<12}{text}" for name, text in rows), sep="\n", flush=True)
+    outcome = {
+        "steps": run.step,
+        "images_per_second": throughput,
+        "stage_losses": {stage: {"start": start, "end": end} for stage, (start, end) in losses.items()},
+        "pairs": {"accuracy": report.accuracy.mean, "std": report.accuracy.std, "count": report.num_pairs} if report else None,
+        "checkpoint": str(run.last_checkpoint),
+    }
+    (cfg.output / "summary.json").write_text(json.dumps(outcome, indent=1) + "\n")

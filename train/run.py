@@ -1,0 +1,248 @@
+"""A run: everything that training needs, built once, and what happens around the steps of the loop."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.loader import Augment, FaceLoader
+from model.partial_fc import PartialFC
+from model.vit import build_vit
+from train.checkpoint import CheckpointError, Checkpoints, Identity, Saved
+from train.config import ConfigError, RunConfig
+from train.dist import Ranks
+from train.ds_config import DeepSpeedSummary
+from train.engine import build_engine, loss_scale
+from train.metrics import BuildInfo, Metrics, PhaseTimer, StepRecord
+from train.report import announce, progress_line, stage_line
+from train.schedule import learning_rate
+from train.stages import Stage, StageLosses, StageManager
+
+
+@dataclass
+class Run:
+    """State of one training run on this rank."""
+
+    cfg: RunConfig
+    ranks: Ranks
+    batches: FaceLoader
+    engine: object  # deepspeed.DeepSpeedEngine
+    head: PartialFC
+    stages: StageManager
+    losses: StageLosses
+    checkpoints: Checkpoints
+    metrics: Metrics
+    timer: PhaseTimer
+    step: int = 0  # completed optimizer steps
+    window: _Window = field(default_factory=lambda: _Window())
+    last_checkpoint: Path | None = None
+    images_trained: int = 0  # by this process and its peers
+    seconds_trained: float = 0.0
+
+    @property
+    def warmup_steps(self) -> int:
+        schedule = self.cfg.schedule
+        if schedule.warmup_steps is not None:
+            return schedule.warmup_steps
+        return round(schedule.warmup_epochs * self.batches.steps_per_epoch / self.cfg.batch.grad_accum_steps)
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the training images so far."""
+        return self.step * self.cfg.batch.grad_accum_steps / self.batches.steps_per_epoch
+
+    def say(self, text: str) -> None:
+        """Print on rank 0."""
+        if self.ranks.is_first:
+            print(text, flush=True)
+
+    def learning_rate(self) -> float:
+        """Of the step that is about to be taken."""
+        schedule = self.cfg.schedule
+        return learning_rate(
+            self.step,
+            base_lr=self.cfg.optimizer.lr,
+            warmup_steps=self.warmup_steps,
+            total_steps=self.stages.total_steps,
+            decay=schedule.decay,
+            power=schedule.power,
+            final_lr=schedule.final_lr,
+        )
+
+    def enter_stage(self) -> None:
+        """Switch the head if the coming step begins a stage (or the process)."""
+        stage = self.stages.enter(self.step, self.head)
+        if stage is not None:
+            self.say(stage_line(stage))
+
+    def measure_head_gradient(self) -> None:
+        """On steps that will be logged: the norm of the centers' gradient. Collectives: one all-reduce."""
+        if self._log_due(self.step + 1):
+            self.window.head_gradient_norm = self.head.gradient_norm()
+
+    def record(self, losses: list[Tensor], lr: float, applied: bool) -> None:
+        """Note the step just taken; on logging steps publish the window and print a line. ``losses``: one a micro-batch, on the device."""
+        stage = self.stages.at(self.step - 1)
+        loss = torch.stack(losses).mean()
+        self.losses.record(stage.name, loss)
+        self.window.add(loss, applied)
+        if self._log_due(self.step):
+            self._publish(stage, lr)
+
+    def _log_due(self, step: int) -> bool:
+        return step % self.cfg.metrics.log_every == 0 or step == self.stages.total_steps
+
+    def _publish(self, stage: Stage, lr: float) -> None:
+        window, now = self.window, time.monotonic()
+        images = window.steps * self.cfg.global_batch_size(self.ranks.world_size)
+        seconds = now - window.start
+        self.images_trained += images
+        self.seconds_trained += seconds
+        record = StepRecord(
+            step=self.step,
+            epoch=self.epoch,
+            stage=stage.index,
+            stage_name=stage.name,
+            sample_rate=stage.config.sample_rate,
+            loss=window.mean_loss(),
+            target_cosine=float(self.head.target_cosine),
+            learning_rate=lr,
+            gradient_norm=float(self.engine.get_global_grad_norm()),
+            head_gradient_norm=float(window.head_gradient_norm),
+            loss_scale=loss_scale(self.engine),
+            images=images,
+            steps=window.steps,
+            skipped_steps=window.skipped,
+            images_per_second=images / seconds,
+            step_seconds=self.timer.window(window.steps),
+            eta_seconds=(self.stages.total_steps - self.step) * seconds / window.steps,
+        )
+        self.metrics.record_step(record)
+        self.say(progress_line(record, self.stages.total_steps))
+        self.window = _Window()
+
+    def checkpoint_due(self) -> bool:
+        every = self.cfg.checkpoint.every_steps
+        return any(self.step == stage.stop for stage in self.stages.stages) or (every is not None and self.step % every == 0)
+
+    def save(self) -> None:
+        """Commit a checkpoint of this step. Collectives: see Checkpoints.save."""
+        rank_state = {"head": self.head.state(), "loader": self.batches.state()}
+        run_state = {"stage": self.stages.at(self.step - 1).name, "epoch": self.epoch, "losses": self.losses.state()}
+        self.last_checkpoint = self.checkpoints.save(self.step, self.engine, rank_state, run_state)
+        self.say(f"checkpoint {self.last_checkpoint}")
+        self.window.start = time.monotonic()  # throughput is of training; saving is not counted
+
+    def close(self) -> None:
+        self.metrics.close()
+
+
+@dataclass
+class _Window:
+    """What happened since the last log line."""
+
+    start: float = field(default_factory=time.monotonic)
+    steps: int = 0
+    skipped: int = 0
+    losses: list[Tensor] = field(default_factory=list)
+    head_gradient_norm: Tensor | float = float("nan")
+
+    def add(self, loss: Tensor, applied: bool) -> None:
+        self.steps += 1
+        self.skipped += not applied
+        self.losses.append(loss)
+
+    def mean_loss(self) -> float:
+        return float(torch.stack(self.losses).mean())
+
+
+def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks: Ranks) -> Run:
+    """Build the run, resumed from its newest complete checkpoint if the recipe says so.
+
+    Raises, on every rank: ConfigError, CheckpointError, DataError. Collectives: those of the engine's start and of the checkpoint's load.
+    """
+
+    def say(text: str) -> None:
+        if ranks.is_first:
+            print(text, flush=True)
+
+    identity = Identity(ranks.world_size, summary.zero_stage, summary.precision, cfg.mathematics())
+    backbone_metadata = {"preset": cfg.model.name, "embedding_size": str(cfg.model.embedding_size)}
+    checkpoints = Checkpoints(cfg.output / "checkpoints", ranks, identity, cfg.checkpoint.keep_last, backbone_metadata)
+    saved = _find_checkpoint(cfg, checkpoints, say)
+    batches = FaceLoader(
+        cfg.data.path,
+        cfg.batch.micro_batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device_id=ranks.device_id,
+        seed=cfg.seed,
+        num_threads=cfg.data.num_threads,
+        augment=Augment(**cfg.data.augment.model_dump()),
+        min_images_per_identity=cfg.data.min_images_per_identity,
+        state=saved.rank_state["loader"] if saved else None,
+    )
+    stages = StageManager(cfg.stages, batches.steps_per_epoch, cfg.batch.grad_accum_steps)
+
+    torch.manual_seed(cfg.seed)  # the same weights on every rank
+    backbone = build_vit(
+        cfg.model.name,
+        mask_ratio=cfg.model.mask_ratio,
+        drop_path=cfg.model.drop_path,
+        embedding_size=cfg.model.embedding_size,
+        activation_checkpointing=cfg.model.activation_checkpointing,
+    )
+    engine = build_engine(backbone, cfg.optimizer, ds_config)
+    margin = cfg.head.margin
+    head = PartialFC(
+        cfg.model.embedding_size,
+        batches.num_classes,
+        margin=(margin.m1, margin.m2, margin.m3),
+        scale=cfg.head.scale,
+        margin_gradient=cfg.head.margin_gradient,
+        group=ranks.group,
+        seed=cfg.seed,
+        optimizer=cfg.head.optimizer,
+        betas=cfg.optimizer.betas,
+        eps=cfg.optimizer.eps,
+        device=ranks.device,
+    )
+    # From here on every rank draws its own dropped patches and paths.
+    torch.manual_seed(int(np.random.SeedSequence([cfg.seed, ranks.rank]).generate_state(1, np.uint64)[0]))
+    losses = StageLosses()
+    if saved:
+        saved.restore(engine)
+        head.load_state(saved.rank_state["head"])
+        losses.load_state(saved.run_state["losses"])
+
+    build = BuildInfo(ranks.world_size, summary.zero_stage, summary.precision)
+    metrics = Metrics(cfg.output / "metrics.jsonl", cfg.metrics.host, cfg.metrics.port, ranks.rank, ranks.local_rank, build)
+    run = Run(cfg, ranks, batches, engine, head, stages, losses, checkpoints, metrics, PhaseTimer(ranks.device.type))
+    if saved:
+        run.step, run.last_checkpoint = saved.step, saved.folder
+    if run.warmup_steps > stages.total_steps:
+        raise ConfigError(f"schedule: a warm-up of {run.warmup_steps} steps is longer than the whole run of {stages.total_steps} steps")
+    announce(run, summary)
+    return run
+
+
+def _find_checkpoint(cfg: RunConfig, checkpoints: Checkpoints, say) -> Saved | None:
+    newest = checkpoints.newest(say)
+    if cfg.resume == "never":
+        if newest is not None:
+            raise CheckpointError(f"{newest}: this output has a checkpoint, and resume=never; choose another output, or resume=auto")
+        return None
+    if newest is None:
+        if cfg.resume == "required":
+            raise CheckpointError(
+                f"{checkpoints.folder}: no checkpoint to resume from, and resume=required; check output, or set resume=auto"
+            )
+        return None
+    saved = checkpoints.read(newest)
+    say(f"resuming from {newest}: step {saved.step}, stage {saved.run_state['stage']}")
+    return saved

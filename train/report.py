@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from train.run import Run
 
 
-def announce(run: Run, summary: DeepSpeedSummary) -> None:
-    """Write the resolved recipe beside the checkpoints and print what is about to run. Collectives: a gather of the metrics ports."""
+def announce(run: Run, ds_config: dict, summary: DeepSpeedSummary) -> None:
+    """Write both resolved configs beside the checkpoints and print what is about to run. Collectives: a gather of the metrics ports."""
     cfg, ranks, batches = run.cfg, run.ranks, run.batches
     if ranks.is_first:
         cfg.output.mkdir(parents=True, exist_ok=True)
         (cfg.output / "recipe.yaml").write_text(cfg.to_yaml())
+        (cfg.output / "ds_config.json").write_text(json.dumps(ds_config, indent=1) + "\n")
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in run.engine.module.parameters())
     ports = ranks.gather(run.metrics.port)
     run.say(

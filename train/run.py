@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,25 @@ from train.stages import Stage, StageLosses, StageManager
 
 
 @dataclass
+class _Window:
+    """What happened since the last log line."""
+
+    start: float = field(default_factory=time.monotonic)
+    steps: int = 0
+    skipped: int = 0
+    losses: list[Tensor] = field(default_factory=list)
+    head_gradient_norm: Tensor | float = math.nan
+
+    def add(self, loss: Tensor, applied: bool) -> None:
+        self.steps += 1
+        self.skipped += not applied
+        self.losses.append(loss)
+
+    def mean_loss(self) -> float:
+        return float(torch.stack(self.losses).mean())
+
+
+@dataclass
 class Run:
     """State of one training run on this rank."""
 
@@ -39,7 +59,7 @@ class Run:
     metrics: Metrics
     timer: PhaseTimer
     step: int = 0  # completed optimizer steps
-    window: _Window = field(default_factory=lambda: _Window())
+    window: _Window = field(default_factory=_Window)
     last_checkpoint: Path | None = None
     images_trained: int = 0  # by this process and its peers
     seconds_trained: float = 0.0
@@ -92,12 +112,12 @@ class Run:
         self.losses.record(stage.name, loss)
         self.window.add(loss, applied)
         if self._log_due(self.step):
-            self._publish(stage, lr)
+            self._publish(stage, lr, float(self.engine.get_global_grad_norm()) if applied else math.nan)
 
     def _log_due(self, step: int) -> bool:
         return step % self.cfg.metrics.log_every == 0 or step == self.stages.total_steps
 
-    def _publish(self, stage: Stage, lr: float) -> None:
+    def _publish(self, stage: Stage, lr: float, gradient_norm: float) -> None:
         window, now = self.window, time.monotonic()
         images = window.steps * self.cfg.global_batch_size(self.ranks.world_size)
         seconds = now - window.start
@@ -112,7 +132,7 @@ class Run:
             loss=window.mean_loss(),
             target_cosine=float(self.head.target_cosine),
             learning_rate=lr,
-            gradient_norm=float(self.engine.get_global_grad_norm()),
+            gradient_norm=gradient_norm,
             head_gradient_norm=float(window.head_gradient_norm),
             loss_scale=loss_scale(self.engine),
             images=images,
@@ -132,33 +152,15 @@ class Run:
 
     def save(self) -> None:
         """Commit a checkpoint of this step. Collectives: see Checkpoints.save."""
+        begin = time.monotonic()
         rank_state = {"head": self.head.state(), "loader": self.batches.state()}
         run_state = {"stage": self.stages.at(self.step - 1).name, "epoch": self.epoch, "losses": self.losses.state()}
         self.last_checkpoint = self.checkpoints.save(self.step, self.engine, rank_state, run_state)
         self.say(f"checkpoint {self.last_checkpoint}")
-        self.window.start = time.monotonic()  # throughput is of training; saving is not counted
+        self.window.start += time.monotonic() - begin  # throughput is of training; saving is not counted
 
     def close(self) -> None:
         self.metrics.close()
-
-
-@dataclass
-class _Window:
-    """What happened since the last log line."""
-
-    start: float = field(default_factory=time.monotonic)
-    steps: int = 0
-    skipped: int = 0
-    losses: list[Tensor] = field(default_factory=list)
-    head_gradient_norm: Tensor | float = float("nan")
-
-    def add(self, loss: Tensor, applied: bool) -> None:
-        self.steps += 1
-        self.skipped += not applied
-        self.losses.append(loss)
-
-    def mean_loss(self) -> float:
-        return float(torch.stack(self.losses).mean())
 
 
 def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks: Ranks) -> Run:
@@ -227,7 +229,7 @@ def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks:
         run.step, run.last_checkpoint = saved.step, saved.folder
     if run.warmup_steps > stages.total_steps:
         raise ConfigError(f"schedule: a warm-up of {run.warmup_steps} steps is longer than the whole run of {stages.total_steps} steps")
-    announce(run, summary)
+    announce(run, ds_config, summary)
     return run
 
 

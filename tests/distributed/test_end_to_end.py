@@ -1,0 +1,95 @@
+"""The whole path from the command line: draw, pack, train on 2 ranks through both stages, scrape, evaluate."""
+
+import json
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+
+from tests.launch import launch_process
+from tests.training import ROOT, free_port, write_recipe
+
+
+def command(*arguments):
+    result = subprocess.run([sys.executable, "-m", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def scrape(port):
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=2) as answer:
+            return answer.read().decode()
+    except OSError:
+        return ""
+
+
+def value(text, series):
+    return next((float(line.split()[-1]) for line in text.splitlines() if line.startswith(series + " ")), None)
+
+
+def test_faces_become_a_verified_model_and_every_rank_serves_metrics(tmp_path):
+    command("data_pipeline", "synthetic", tmp_path / "faces", "--identities", 24, "--images", 10)
+    command("data_pipeline", "pack", tmp_path / "faces", tmp_path / "shards", "--shards", 3)
+    heldout = ["--identities", 20, "--images", 4, "--first-identity", 500]
+    pairs = ["--pairs", tmp_path / "pairs.txt", "--folds", 5, "--pairs-per-fold", 10]
+    command("data_pipeline", "synthetic", tmp_path / "heldout", *heldout, *pairs)
+
+    port = free_port()
+    run = tmp_path / "run"
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml",
+        tmp_path / "shards",
+        run,
+        stages=[
+            {"name": "early", "epochs": 4, "sample_rate": 0.5, "update_expectation": True},
+            {"name": "stable", "epochs": 4, "centers": "pco", "update_expectation": True},
+        ],
+        eval={"images": str(tmp_path / "heldout"), "pairs": str(tmp_path / "pairs.txt")},
+        metrics={"port": port, "log_every": 1},
+    )
+    process = launch_process(recipe, ranks=2, ds_config=ROOT / "ds_configs/zero1_bf16.json")
+    seen = {0: "", 1: ""}  # the last answer of each rank
+    while process.poll() is None:
+        for rank in seen:
+            seen[rank] = scrape(port + rank) or seen[rank]
+        time.sleep(0.05)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+
+    for rank, text in seen.items():
+        assert value(text, "lvface_images_total") > 0, f"rank {rank}"
+        assert value(text, "lvface_images_per_second") > 0
+        for phase in ("data", "forward", "head", "backward", "optimizer", "total"):
+            assert value(text, f'lvface_step_seconds{{phase="{phase}"}}') > 0
+        for series in ("loss", "learning_rate", "gradient_norm", "loss_scale", "sample_rate", "epoch", "step"):
+            assert value(text, f"lvface_{series}") is not None
+
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 8 * (240 // 2 // 8) // 2
+    assert summary["stage_losses"]["early"]["end"] < summary["stage_losses"]["early"]["start"]
+    assert summary["images_per_second"] > 0
+    assert "ETA" in output
+    assert "stage stable" in output
+    for text in ("throughput", "early", "stable", "accuracy", f"http://127.0.0.1:{port}/metrics", summary["checkpoint"]):
+        assert text in output.split("done")[-1]
+    # The same model by the evaluation command: the same accuracy. 60 steps teach little, so only that it is no constant is checked.
+    command(
+        "eval",
+        "pairs",
+        "--model",
+        run,
+        "--images",
+        tmp_path / "heldout",
+        "--pairs",
+        tmp_path / "pairs.txt",
+        "--json",
+        tmp_path / "out.json",
+    )
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["accuracy"]["mean"] == pytest.approx(
+        summary["pairs"]["accuracy"], abs=0.011
+    )  # one pair: the device may differ in rounding
+    assert report["accuracy"]["mean"] > 0.5

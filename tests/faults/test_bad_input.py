@@ -1,0 +1,126 @@
+"""Bad input to the command line: one clear error that names what is wrong, exit code not 0 on every rank, nothing written or lost."""
+
+import json
+import socket
+import struct
+
+import pytest
+import yaml
+
+from data_pipeline.shard_set import open_set
+from tests.launch import errors, launch
+from tests.training import ROOT, losses, packed_faces, write_recipe
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return packed_faces(tmp_path_factory.mktemp("bad-input"))
+
+
+@pytest.fixture
+def recipe(shards, tmp_path):
+    return write_recipe(tmp_path / "recipe.yaml", shards, tmp_path / "run")
+
+
+def test_a_misspelt_recipe_key_is_named_once_and_every_rank_fails(recipe, tmp_path):
+    recipe.write_text(recipe.read_text() + "optimiser: {lr: 1.0}\n")
+    result = launch(recipe, ranks=2)
+    assert result.returncode != 0
+    (error,) = errors(result)
+    assert "optimiser: unknown key; did you mean optimizer?" in error
+    assert str(recipe) in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_misspelt_override_is_named(recipe):
+    result = launch(recipe, "head.scael=3")
+    assert result.returncode == 2
+    assert "head.scael: unknown key; did you mean scale? (command line)" in errors(result)[0]
+
+
+@pytest.mark.parametrize("key", ["zero_optimisation", "zero_optimization.stagee"])
+def test_a_misspelt_deepspeed_key_is_named(key, recipe, tmp_path):
+    config = json.loads((ROOT / "ds_configs/zero1_fp32.json").read_text())
+    section, _, inner = key.partition(".")
+    if inner:
+        config[section][inner] = 1
+    else:
+        config[section] = {"stage": 1}
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(config))
+    result = launch(recipe, ds_config=path)
+    assert result.returncode == 2
+    assert f"{key}: unknown" in errors(result)[0]
+    assert str(path) in errors(result)[0]
+
+
+def test_stages_that_do_not_add_up_are_refused(recipe):
+    stages = [{"name": "early", "epochs": 2}, {"name": "stable", "epochs": 3}]
+    recipe.write_text(yaml.safe_dump({**yaml.safe_load(recipe.read_text()), "stages": stages, "epochs": 6, "schedule": {}}))
+    result = launch(recipe)
+    assert result.returncode == 2
+    assert "epochs: is 6, but the stages' epochs add up to 5 (early 2 + stable 3)" in errors(result)[0]
+
+
+@pytest.mark.parametrize("how", ["missing", "empty"])
+def test_a_shard_set_that_is_missing_or_empty_is_named(how, recipe, tmp_path):
+    path = tmp_path / "no-shards"
+    if how == "empty":
+        path.mkdir()
+    result = launch(recipe, f"data.path={path}")
+    assert result.returncode == 2
+    assert str(path) in errors(result)[0]
+
+
+def test_more_ranks_than_batches_is_refused_with_the_numbers(recipe):
+    result = launch(recipe, "batch.micro_batch_size=64", ranks=2)
+    assert result.returncode != 0
+    assert "num_images=96 is less than world_size=2 x batch_size=64" in errors(result)[0]
+
+
+def test_a_label_outside_the_classes_stops_every_rank_and_loses_no_checkpoint(shards, recipe, tmp_path):
+    """The label of a record that one rank reads is overwritten after the first checkpoints were made."""
+    assert launch(recipe, "stages.1.steps=2", ranks=2).returncode == 0
+    before = losses(tmp_path / "run")
+    faces = open_set(shards)
+    shard = faces.shards[0]
+    content = bytearray(shard.read_bytes())
+    record = 12  # any record of the first shard: label after magic, length and flag
+    offset = int(faces.offsets[record])
+    original = bytes(content)
+    try:
+        content[offset + 12 : offset + 16] = struct.pack("<f", 77.0)
+        shard.write_bytes(content)
+        result = launch(recipe, f"output={tmp_path / 'second'}", ranks=2)
+    finally:
+        shard.write_bytes(original)
+    assert result.returncode != 0
+    assert "label 77, expected a whole number in [0, 12)" in errors(result)[0]
+    assert losses(tmp_path / "run") == before
+
+
+def test_a_set_of_another_class_count_than_the_checkpoint_is_refused(recipe, tmp_path):
+    assert launch(recipe, ranks=1).returncode == 0
+    result = launch(recipe, "data.min_images_per_identity=1", f"data.path={packed_faces_of(11, tmp_path)}")
+    assert result.returncode == 2
+    assert "num_classes: 12 in the state, 11 here" in errors(result)[0]
+
+
+def packed_faces_of(identities, folder):
+    from data_pipeline.pack import pack
+    from data_pipeline.synthetic import write_synthetic
+
+    write_synthetic(folder / "other-faces", identities, 9, seed=0)
+    pack(folder / "other-faces", folder / "other", 2)
+    return folder / "other"
+
+
+def test_an_occupied_metrics_port_is_a_warning_and_training_goes_on(recipe, tmp_path):
+    with socket.socket() as occupied:
+        occupied.bind(("127.0.0.1", 0))
+        occupied.listen()
+        port = occupied.getsockname()[1]
+        result = launch(recipe, f"metrics.port={port}")
+    assert result.returncode == 0
+    assert f"port {port} is taken: metrics are at http://127.0.0.1:" in result.stderr
+    assert len(losses(tmp_path / "run")) == 8

@@ -1,0 +1,137 @@
+"""A killed run goes on as if nothing had happened, and a damaged checkpoint is passed over or refused, never half used."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+from tests.training import final_state, losses, packed_faces, train_on_rank, write_recipe
+from train.checkpoint import CheckpointError
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return packed_faces(tmp_path_factory.mktemp("resume"))
+
+
+@pytest.fixture(scope="module")
+def finished(shards, tmp_path_factory):
+    """Output folders of uninterrupted runs, one per DeepSpeed config."""
+    folder, runs = tmp_path_factory.mktemp("finished"), {}
+
+    def get(ds_config):
+        if ds_config not in runs:
+            output = folder / ds_config
+            recipe = write_recipe(folder / f"{ds_config}.yaml", shards, output)
+            assert run_ranks(2, train_on_rank, recipe, ds_config) == [8, 8]
+            runs[ds_config] = output
+        return runs[ds_config]
+
+    return get
+
+
+# Checkpoints stand at steps 3, 4 (stage end), 6 and 8; an epoch is 3 steps. Killed: in the early stage before any checkpoint; one step
+# before and after the stage switch; in the second half; while saving at the stage switch.
+KILLS = [(1, 2), (0, 3), (1, 5), (0, 7), (0, "save", 2)]
+
+
+@pytest.mark.parametrize("kill", KILLS, ids=lambda kill: "-".join(map(str, kill)))
+def test_a_killed_run_continues_bit_for_bit(kill, shards, finished, tmp_path):
+    check_resume("zero1_fp32.json", kill, shards, finished, tmp_path)
+
+
+@pytest.mark.parametrize("ds_config", ["zero2_fp32.json", "zero3_fp32.json", "zero1_bf16.json", "zero3_bf16.json"])
+def test_every_zero_stage_and_precision_resumes_bit_for_bit(ds_config, shards, finished, tmp_path):
+    check_resume(ds_config, (1, 5), shards, finished, tmp_path)
+
+
+def check_resume(ds_config, kill, shards, finished, tmp_path):
+    expected, output = finished(ds_config), tmp_path / "run"
+    recipe = write_recipe(tmp_path / "recipe.yaml", shards, output)
+    with pytest.raises(AssertionError, match=r"ranks ended without a traceback|failed"):
+        run_ranks(2, train_on_rank, recipe, ds_config, (), kill)
+    assert run_ranks(2, train_on_rank, recipe, ds_config) == [8, 8]
+    assert losses(output) == losses(expected)
+    assert not list(output.glob("checkpoints/*.partial"))
+    for rank in range(2):
+        mine, theirs = final_state(output, rank), final_state(expected, rank)
+        assert mine.keys() == theirs.keys()
+        different = [name for name, tensor in mine.items() if not torch.equal(tensor, theirs[name])]
+        assert not different, f"rank {rank}"
+
+
+def copy_of(finished, tmp_path, ds_config="zero1_fp32.json"):
+    output = tmp_path / "run"
+    shutil.copytree(finished(ds_config), output)
+    return output
+
+
+def resumed_from(group, recipe, ds_config, overrides):
+    """(step of the checkpoint, what was said) or the error's text."""
+    from train import run as run_module
+
+    steps = []
+    original = run_module.Checkpoints.read
+    run_module.Checkpoints.read = lambda self, folder: steps.append(folder.name) or original(self, folder)
+    try:
+        train_on_rank(group, recipe, ds_config, overrides)
+    except CheckpointError as error:
+        return str(error)
+    return steps[0] if steps else None
+
+
+def test_a_changed_bit_is_found_and_the_checkpoint_before_is_used(shards, finished, tmp_path):
+    output = copy_of(finished, tmp_path)
+    damaged = next((output / "checkpoints/step_00000008/engine").glob("*optim_states.pt"))
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    recipe = write_recipe(tmp_path / "recipe.yaml", shards, output)
+    assert run_ranks(2, resumed_from, recipe, "zero1_fp32.json", ()) == ["step_00000006"] * 2
+    assert losses(output) == losses(finished("zero1_fp32.json"))
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_stops_instead_of_starting_again(shards, finished, tmp_path):
+    output = copy_of(finished, tmp_path)
+    for manifest in output.glob("checkpoints/*/manifest.json"):
+        manifest.unlink()
+    recipe = write_recipe(tmp_path / "recipe.yaml", shards, output)
+    for answer in run_ranks(2, resumed_from, recipe, "zero1_fp32.json", ()):
+        assert "no checkpoint here is complete (4 passed over" in answer
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ds_config", "expected"),
+    [
+        (["optimizer.lr=0.5"], "zero1_fp32.json", "recipe.optimizer.lr: this run has 0.5, the checkpoint 0.001"),
+        ([], "zero2_fp32.json", "zero_stage: this run has 2, the checkpoint 1"),
+        ([], "zero1_bf16.json", "precision: this run has bf16, the checkpoint fp32"),
+        (["resume=never"], "zero1_fp32.json", "this output has a checkpoint, and resume=never"),
+        (["resume=required", "output={empty}"], "zero1_fp32.json", "no checkpoint to resume from, and resume=required"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_with_both_values(overrides, ds_config, expected, shards, finished, tmp_path):
+    recipe = write_recipe(tmp_path / "recipe.yaml", shards, finished("zero1_fp32.json"))
+    overrides = [override.format(empty=tmp_path / "empty") for override in overrides]
+    for answer in run_ranks(2, resumed_from, recipe, ds_config, overrides):
+        assert expected in answer
+
+
+def test_another_world_size_is_refused_with_both_values(shards, finished, tmp_path):
+    recipe = write_recipe(tmp_path / "recipe.yaml", shards, finished("zero1_fp32.json"))
+    (answer,) = run_ranks(1, resumed_from, recipe, "zero1_fp32.json", ())
+    assert "world_size: this run has 1, the checkpoint 2" in answer
+
+
+def test_only_the_last_checkpoints_are_kept_and_the_pointer_names_the_newest(shards, tmp_path):
+    output = tmp_path / "run"
+    recipe = write_recipe(tmp_path / "recipe.yaml", shards, output, checkpoint={"every_steps": 1, "keep_last": 2})
+    run_ranks(2, train_on_rank, recipe, "zero1_fp32.json")
+    names = sorted(path.name for path in (output / "checkpoints").iterdir())
+    assert names == ["latest", "step_00000007", "step_00000008"]
+    assert (output / "checkpoints/latest").read_text() == "step_00000008\n"
+    manifest = json.loads((output / "checkpoints/step_00000008/manifest.json").read_text())
+    assert {"backbone.safetensors", "rank_00000.pt", "rank_00001.pt"} <= manifest["files"].keys()
+    assert manifest["run"]["stage"] == "stable"

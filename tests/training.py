@@ -1,0 +1,111 @@
+"""Small training runs for tests: a set of synthetic faces, a recipe that uses everything random, and a way to run it in this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from data_pipeline.pack import pack
+from data_pipeline.synthetic import write_synthetic
+
+ROOT = Path(__file__).resolve().parents[1]
+IDENTITIES, IMAGES = 12, 8
+
+
+def free_port() -> int:
+    """A port p such that p + 1 is free too: the exporter of the next rank listens there."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port = first.getsockname()[1]
+            try:
+                second.bind(("127.0.0.1", port + 1))
+            except OSError:
+                continue
+            return port
+
+
+def packed_faces(folder: Path) -> Path:
+    """96 synthetic images of 12 identities in 2 shards."""
+    write_synthetic(folder / "faces", IDENTITIES, IMAGES, seed=0)
+    pack(folder / "faces", folder / "shards", 2)
+    return folder / "shards"
+
+
+def write_recipe(path: Path, data: Path, output: Path, **changes) -> Path:
+    """A recipe of 8 steps on 2 ranks: 4 early and sampled, 4 stable with expectations; 6 micro-batches an epoch, 2 a step.
+
+    Dropped patches and paths, flips, shifts and brightness are all on: a resume must continue every one of their generators.
+    """
+    recipe = {
+        "output": str(output),
+        "model": {"name": "vit_xxt", "embedding_size": 32, "mask_ratio": 0.2, "drop_path": 0.2},
+        "head": {"margin": {"m1": 1.0, "m2": 0.3, "m3": 0.1}, "scale": 16.0},
+        "data": {"path": str(data), "num_threads": 1, "augment": {"flip": 0.5, "shift_px": 3, "brightness": 0.2}},
+        "batch": {"micro_batch_size": 8, "grad_accum_steps": 2},
+        "schedule": {"warmup_steps": 2},
+        "stages": [
+            {"name": "early", "steps": 4, "sample_rate": 0.5, "update_expectation": True},
+            {"name": "stable", "steps": 4, "centers": "pco", "update_expectation": True},
+        ],
+        "checkpoint": {"every_steps": 3, "keep_last": 9},
+        "metrics": {"port": 0, "log_every": 1},
+        **changes,
+    }
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def train_on_rank(group, recipe: Path, ds_config: str, overrides=(), kill=None) -> int:
+    """Train as ``python -m train`` would on this rank; returns the step reached.
+
+    ``kill=(rank, step)``: that rank kills itself with SIGKILL when it has taken that many steps. ``kill=(rank, "save", n)``: in the middle
+    of its n-th save of this process, when the shards are written and the manifest is not.
+    """
+    from train import checkpoint
+    from train.config import load_run_config
+    from train.dist import Ranks
+    from train.ds_config import load_ds_config
+    from train.loop import train
+    from train.run import build_run
+
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    ranks = Ranks(rank, rank, world_size, world_size, torch.device("cpu"), group)
+    cfg = load_run_config(recipe, overrides)
+    ds, summary = load_ds_config(ROOT / "ds_configs" / ds_config, cfg, world_size, "cpu")
+    run = build_run(cfg, ds, summary, ranks)
+    if kill and kill[0] == rank and kill[1] == "save":
+        describe, saves = checkpoint._describe, iter(range(1, 100))
+        checkpoint._describe = lambda folder: _die() if next(saves) == kill[2] else describe(folder)
+    elif kill and kill[0] == rank:
+        record = run.record
+        run.record = lambda *args: (record(*args), run.step == kill[1] and _die())
+    train(run)
+    run.close()
+    return run.step
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def losses(output: Path) -> dict[int, float]:
+    """Loss of every step, the last word on a step that was taken twice."""
+    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["loss"] for line in lines}
+
+
+def final_state(output: Path, rank: int) -> dict[str, torch.Tensor]:
+    """Every tensor of the newest checkpoint that rank restores, and the backbone in float32."""
+    from safetensors.torch import load_file
+
+    folder = output / "checkpoints" / (output / "checkpoints" / "latest").read_text().strip()
+    state = torch.load(folder / f"rank_{rank:05d}.pt", weights_only=True)
+    return {**load_file(folder / "backbone.safetensors"), **state["head"], **state["buffers"], **state["rng"]}

@@ -27,7 +27,7 @@ def main() -> None:
     _check_import_path()
     # Heavy imports come after the cheap refusals.
     from train.config import load_run_config
-    from train.dist import import_deepspeed, process_group, read_ranks
+    from train.dist import RankError, import_deepspeed, process_group, read_ranks
     from train.ds_config import load_ds_config
 
     ranks = read_ranks()
@@ -40,7 +40,9 @@ def main() -> None:
     try:
         with process_group(ranks) as ranks:
             _train(cfg, ds_config, summary, ranks)
-    except ValueError as error:  # ConfigError, DataError, CheckpointError, EvalError
+    except RankError as error:
+        _stop(str(error) if ranks.is_first else None)
+    except ValueError as error:  # DataError, EvalError: on this rank, while the others train on; the launcher stops them
         _stop(f"rank {ranks.rank}: {error}")
     except KeyboardInterrupt:
         print(
@@ -87,7 +89,7 @@ def _check_import_path() -> None:
 
 def _stop(message: str | None) -> None:
     if message:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"error: {message}\n")  # in one piece: ranks share the stream
     sys.stderr.flush()
     os._exit(_ERROR)  # not sys.exit: other ranks may be waiting in a collective that teardown would wait for
 

@@ -101,30 +101,28 @@ class Checkpoints:
     def newest(self, say: Callable[[str], None]) -> Path | None:
         """The newest complete checkpoint, every file checked against the manifest; None if the run has none at all.
 
-        Those passed over are reported through ``say`` with the reason. Raises CheckpointError on every rank if there are checkpoints but
-        none is complete. Collectives: one broadcast (rank 0 reads).
+        Those passed over are reported through ``say`` with the reason. Raises RankError if there are checkpoints but none is complete.
+        Collectives: rank 0 reads, one gather and one broadcast.
         """
-        answer = self._ranks.broadcast(self._find_newest() if self._ranks.is_first else None)
-        name, passed_over = answer
-        for reason in passed_over:
-            say(reason)
-        if name is None and passed_over:
-            raise CheckpointError(
-                f"{self.folder}: no checkpoint here is complete ({len(passed_over)} passed over, reasons above); "
-                "repair one, or start again with another output"
-            )
+        name = self._ranks.together(lambda: self._find_newest(say) if self._ranks.is_first else None)
+        name = self._ranks.broadcast(name)
         return self.folder / name if name else None
 
-    def _find_newest(self) -> tuple[str | None, list[str]]:
-        passed_over = []
+    def _find_newest(self, say: Callable[[str], None]) -> str | None:
         for stale in [*self.folder.glob("step_*.partial"), *self.folder.glob("step_*.deleted")]:
             shutil.rmtree(stale, ignore_errors=True)
-        for name in reversed(self._names()):
+        names = self._names()
+        for name in reversed(names):
             problem = _problem(self.folder / name)
             if problem is None:
-                return name, passed_over
-            passed_over.append(f"passing over checkpoint {self.folder / name}: {problem}")
-        return None, passed_over
+                return name
+            say(f"passing over checkpoint {self.folder / name}: {problem}")
+        if names:
+            raise CheckpointError(
+                f"{self.folder}: no checkpoint here is complete ({len(names)} passed over, reasons above); "
+                "repair one, or start again with another output"
+            )
+        return None
 
     def _names(self) -> list[str]:
         return sorted(path.name for path in self.folder.glob("step_*") if _NAME.fullmatch(path.name))

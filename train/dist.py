@@ -5,13 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+class RankError(ValueError):
+    """Something given is wrong, on one rank or on several; raised alike on every rank."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,24 @@ class Ranks:
         values = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Run an action without collectives on every rank; if it raises ValueError or OSError on any, raise RankError on all.
+
+        So no rank waits in a collective for one that has stopped, and the error can be told once. Collectives: one gather.
+        """
+        result, problem = None, None
+        try:
+            result = action()
+        except (ValueError, OSError) as error:
+            problem = str(error)
+        problems = self.gather(problem)
+        failed = [rank for rank, text in enumerate(problems) if text is not None]
+        if failed:
+            distinct = list(dict.fromkeys(problems[rank] for rank in failed))
+            everywhere = len(failed) == self.world_size and len(distinct) == 1
+            raise RankError(distinct[0] if everywhere else "\n".join(f"rank {rank}: {problems[rank]}" for rank in failed))
+        return result
 
 
 def read_ranks() -> Ranks:

@@ -65,13 +65,6 @@ class Run:
     seconds_trained: float = 0.0
 
     @property
-    def warmup_steps(self) -> int:
-        schedule = self.cfg.schedule
-        if schedule.warmup_steps is not None:
-            return schedule.warmup_steps
-        return round(schedule.warmup_epochs * self.batches.steps_per_epoch / self.cfg.batch.grad_accum_steps)
-
-    @property
     def epoch(self) -> float:
         """Passes over the training images so far."""
         return self.step * self.cfg.batch.grad_accum_steps / self.batches.steps_per_epoch
@@ -87,7 +80,7 @@ class Run:
         return learning_rate(
             self.step,
             base_lr=self.cfg.optimizer.lr,
-            warmup_steps=self.warmup_steps,
+            warmup_steps=_warmup_steps(self.cfg, self.batches),
             total_steps=self.stages.total_steps,
             decay=schedule.decay,
             power=schedule.power,
@@ -166,7 +159,7 @@ class Run:
 def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks: Ranks) -> Run:
     """Build the run, resumed from its newest complete checkpoint if the recipe says so.
 
-    Raises, on every rank: ConfigError, CheckpointError, DataError. Collectives: those of the engine's start and of the checkpoint's load.
+    Raises RankError on every rank if anything given is wrong on any. Collectives: those of the engine's start and of the checkpoint's load.
     """
 
     def say(text: str) -> None:
@@ -176,20 +169,16 @@ def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks:
     identity = Identity(ranks.world_size, summary.zero_stage, summary.precision, cfg.mathematics())
     backbone_metadata = {"preset": cfg.model.name, "embedding_size": str(cfg.model.embedding_size)}
     checkpoints = Checkpoints(cfg.output / "checkpoints", ranks, identity, cfg.checkpoint.keep_last, backbone_metadata)
-    saved = _find_checkpoint(cfg, checkpoints, say)
-    batches = FaceLoader(
-        cfg.data.path,
-        cfg.batch.micro_batch_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        device_id=ranks.device_id,
-        seed=cfg.seed,
-        num_threads=cfg.data.num_threads,
-        augment=Augment(**cfg.data.augment.model_dump()),
-        min_images_per_identity=cfg.data.min_images_per_identity,
-        state=saved.rank_state["loader"] if saved else None,
+    newest = checkpoints.newest(say)
+    saved = ranks.together(lambda: _read_checkpoint(cfg, checkpoints, newest))
+    if saved:
+        say(f"resuming from {newest}: step {saved.step}, stage {saved.run_state['stage']}")
+    batches = ranks.together(lambda: _open_data(cfg, ranks, saved))
+    stages = ranks.together(lambda: _plan_stages(cfg, batches))
+    build = BuildInfo(ranks.world_size, summary.zero_stage, summary.precision)
+    metrics = ranks.together(
+        lambda: Metrics(cfg.output / "metrics.jsonl", cfg.metrics.host, cfg.metrics.port, ranks.rank, ranks.local_rank, build)
     )
-    stages = StageManager(cfg.stages, batches.steps_per_epoch, cfg.batch.grad_accum_steps)
 
     torch.manual_seed(cfg.seed)  # the same weights on every rank
     backbone = build_vit(
@@ -222,19 +211,14 @@ def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks:
         head.load_state(saved.rank_state["head"])
         losses.load_state(saved.run_state["losses"])
 
-    build = BuildInfo(ranks.world_size, summary.zero_stage, summary.precision)
-    metrics = Metrics(cfg.output / "metrics.jsonl", cfg.metrics.host, cfg.metrics.port, ranks.rank, ranks.local_rank, build)
     run = Run(cfg, ranks, batches, engine, head, stages, losses, checkpoints, metrics, PhaseTimer(ranks.device.type))
     if saved:
         run.step, run.last_checkpoint = saved.step, saved.folder
-    if run.warmup_steps > stages.total_steps:
-        raise ConfigError(f"schedule: a warm-up of {run.warmup_steps} steps is longer than the whole run of {stages.total_steps} steps")
     announce(run, ds_config, summary)
     return run
 
 
-def _find_checkpoint(cfg: RunConfig, checkpoints: Checkpoints, say) -> Saved | None:
-    newest = checkpoints.newest(say)
+def _read_checkpoint(cfg: RunConfig, checkpoints: Checkpoints, newest: Path | None) -> Saved | None:
     if cfg.resume == "never":
         if newest is not None:
             raise CheckpointError(f"{newest}: this output has a checkpoint, and resume=never; choose another output, or resume=auto")
@@ -245,6 +229,33 @@ def _find_checkpoint(cfg: RunConfig, checkpoints: Checkpoints, say) -> Saved | N
                 f"{checkpoints.folder}: no checkpoint to resume from, and resume=required; check output, or set resume=auto"
             )
         return None
-    saved = checkpoints.read(newest)
-    say(f"resuming from {newest}: step {saved.step}, stage {saved.run_state['stage']}")
-    return saved
+    return checkpoints.read(newest)
+
+
+def _open_data(cfg: RunConfig, ranks: Ranks, saved: Saved | None) -> FaceLoader:
+    return FaceLoader(
+        cfg.data.path,
+        cfg.batch.micro_batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device_id=ranks.device_id,
+        seed=cfg.seed,
+        num_threads=cfg.data.num_threads,
+        augment=Augment(**cfg.data.augment.model_dump()),
+        min_images_per_identity=cfg.data.min_images_per_identity,
+        state=saved.rank_state["loader"] if saved else None,
+    )
+
+
+def _plan_stages(cfg: RunConfig, batches: FaceLoader) -> StageManager:
+    stages = StageManager(cfg.stages, batches.steps_per_epoch, cfg.batch.grad_accum_steps)
+    warmup = _warmup_steps(cfg, batches)
+    if warmup > stages.total_steps:
+        raise ConfigError(f"schedule: a warm-up of {warmup} steps is longer than the whole run of {stages.total_steps} steps")
+    return stages
+
+
+def _warmup_steps(cfg: RunConfig, batches: FaceLoader) -> int:
+    if cfg.schedule.warmup_steps is not None:
+        return cfg.schedule.warmup_steps
+    return round(cfg.schedule.warmup_epochs * batches.steps_per_epoch / cfg.batch.grad_accum_steps)

@@ -75,7 +75,8 @@ def test_a_shard_set_that_is_missing_or_empty_is_named(how, recipe, tmp_path):
 def test_more_ranks_than_batches_is_refused_with_the_numbers(recipe):
     result = launch(recipe, "batch.micro_batch_size=64", ranks=2)
     assert result.returncode != 0
-    assert "num_images=96 is less than world_size=2 x batch_size=64" in errors(result)[0]
+    (error,) = errors(result)
+    assert "num_images=96 is less than world_size=2 x batch_size=64" in error
 
 
 def test_a_label_outside_the_classes_stops_every_rank_and_loses_no_checkpoint(shards, recipe, tmp_path):

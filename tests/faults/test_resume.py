@@ -8,7 +8,7 @@ import torch
 
 from tests.ranks import run_ranks
 from tests.training import final_state, losses, packed_faces, train_on_rank, write_recipe
-from train.checkpoint import CheckpointError
+from train.dist import RankError
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def resumed_from(group, recipe, ds_config, overrides):
     run_module.Checkpoints.read = lambda self, folder: steps.append(folder.name) or original(self, folder)
     try:
         train_on_rank(group, recipe, ds_config, overrides)
-    except CheckpointError as error:
+    except RankError as error:
         return str(error)
     return steps[0] if steps else None
 

@@ -9,9 +9,10 @@ from types import FrameType
 import numpy as np
 
 from data_pipeline.errors import DataError
+from data_pipeline.output import refuse_existing
 from data_pipeline.pack import pack, read_identities
 from data_pipeline.shard_set import open_set
-from data_pipeline.synthetic import write_pairs, write_synthetic
+from data_pipeline.synthetic import FOLDER_NAME, write_pairs, write_synthetic
 from data_pipeline.verify import verify
 
 _MANY = 50  # findings that `verify` prints
@@ -26,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: unfinished output was removed", file=sys.stderr)
+        print("interrupted: no unfinished output is left", file=sys.stderr)
         return 130
 
 
@@ -85,11 +86,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Draw faces of people who do not exist into OUT_DIR/id_00000/id_00000_0001.jpg ... (112x112). Each image depends on "
         "(seed, identity, image) alone; sets of one seed with --first-identity ranges apart share nobody.",
     )
-    command.add_argument("out", type=Path, metavar="OUT_DIR", help="the folder to make; it must not exist, or be empty")
+    command.add_argument("out", type=Path, metavar="OUT_DIR", help="the folder to make")
     command.add_argument("--identities", type=int, default=200, metavar="N", help="default 200")
     command.add_argument("--images", type=int, default=20, metavar="N", help="per identity, default 20")
     command.add_argument("--seed", type=int, default=0, help="default 0")
     command.add_argument("--first-identity", type=int, default=0, metavar="N", help="number of the first identity, default 0")
+    command.add_argument("--force", action="store_true", help="replace existing faces in OUT_DIR, once the new ones are complete")
     command.add_argument("--pairs", type=Path, metavar="PAIRS.txt", help="also write verification pairs over these faces, in LFW's format")
     command.add_argument("--folds", type=int, default=10, help="of the pairs, without common identities; default 10")
     command.add_argument("--pairs-per-fold", type=int, default=300, metavar="N", help="N matched and N mismatched pairs; default 300")
@@ -138,11 +140,14 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _synthetic(arguments: argparse.Namespace) -> int:
-    people = (arguments.identities, arguments.images)
+    out, people = arguments.out, (arguments.identities, arguments.images)
+    refuse_existing(out, FOLDER_NAME, arguments.force)
     if arguments.pairs is not None:  # first: it says in a moment when the set is too small
+        if out.resolve() in arguments.pairs.resolve().parents:
+            raise DataError(f"--pairs {arguments.pairs}: must lie outside {out}, which holds faces alone")
         write_pairs(arguments.pairs, *people, arguments.folds, arguments.pairs_per_fold, arguments.seed, arguments.first_identity)
-    write_synthetic(arguments.out, *people, arguments.seed, arguments.first_identity, progress=True)
-    print(f"{arguments.out}: {arguments.images} images of each of {arguments.identities} synthetic identities")
+    write_synthetic(out, *people, arguments.seed, arguments.first_identity, force=arguments.force, progress=True)
+    print(f"{out}: {arguments.images} images of each of {arguments.identities} synthetic identities")
     return 0
 
 

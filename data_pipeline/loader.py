@@ -79,7 +79,7 @@ class FaceLoader:
         min_images_per_identity: int = 1,
         state: dict[str, Any] | None = None,
     ) -> None:
-        _check_arguments(batch_size, rank, world_size, device_id, seed, num_threads)
+        _check_arguments(batch_size, rank, world_size, device_id, seed, num_threads, min_images_per_identity)
         faces = open_set(path)
         keep = faces.images_per_class >= min_images_per_identity if min_images_per_identity > 1 else np.ones(faces.num_classes, bool)
         self.path = faces.path
@@ -224,13 +224,16 @@ def _rank_seed(seed: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, rank]).generate_state(1)[0] >> 1)  # DALI takes 31 bits everywhere
 
 
-def _check_arguments(batch_size: int, rank: int, world_size: int, device_id: int | None, seed: int, num_threads: int) -> None:
+def _check_arguments(
+    batch_size: int, rank: int, world_size: int, device_id: int | None, seed: int, num_threads: int, min_images_per_identity: int
+) -> None:
     for name, value, low in (
         ("batch_size", batch_size, 1),
         ("world_size", world_size, 1),
         ("rank", rank, 0),
         ("seed", seed, 0),
         ("num_threads", num_threads, 1),
+        ("min_images_per_identity", min_images_per_identity, 1),
     ):
         if value < low:
             raise DataError(f"{name}: must be at least {low}, got {value}")

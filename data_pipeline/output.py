@@ -17,9 +17,10 @@ def new_folder(target: Path, owned: re.Pattern[str], *, force: bool = False) -> 
 
     An existing ``target`` is refused without ``force``. With it, the old folder is replaced once the new one is complete, provided that
     every file in it has a name that ``owned`` matches: a mistyped path deletes nothing. A kill leaves a hidden ``.NAME.new-*`` sibling,
-    which is safe to delete.
+    which is safe to delete, and between the two renames of a replacement also the old folder, as ``.NAME.old-*``.
     """
     refuse_existing(target, owned, force)
+    target = target.resolve()  # of a symbolic link, what it points to is replaced
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.new-", dir=target.parent))
     try:
@@ -29,9 +30,13 @@ def new_folder(target: Path, owned: re.Pattern[str], *, force: bool = False) -> 
         if target.exists():
             refuse_existing(target, owned, force)  # it may have appeared meanwhile
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
-            os.replace(target, old)
-            os.replace(fresh, target)
-            shutil.rmtree(old)
+            try:
+                os.replace(target, old)
+                os.replace(fresh, target)
+            finally:
+                if not target.exists():  # stopped between the two
+                    os.replace(old, target)
+                shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(fresh, target)
         sync_folder(target.parent)
@@ -72,6 +77,8 @@ def refuse_existing(target: Path, owned: re.Pattern[str], force: bool) -> None:
     """Raise ``DataError`` when ``new_folder`` would refuse ``target``: ask before slow work."""
     if not target.exists():
         return
+    if target.resolve().is_mount():
+        raise DataError(f"{target}: is a mount point, which cannot be replaced as a whole; choose a folder inside it")
     if not target.is_dir():
         raise DataError(f"{target}: exists and is no folder; choose another output")
     names = sorted(entry.name for entry in target.iterdir())

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
 from data_pipeline import SIDE
@@ -21,7 +21,7 @@ from data_pipeline.recordio import RecordWriter, encode_payload
 from data_pipeline.shard_set import FORMAT_VERSION, INDEX_NAME, MAX_CLASSES, SIDECAR_NAME, ShardInfo, Sidecar
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
-_OWNED = re.compile(rf"shard_\d{{5}}\.rec|{re.escape(INDEX_NAME)}|{re.escape(SIDECAR_NAME)}")
+_OWNED = re.compile(rf"shard_\d{{5,}}\.rec|{re.escape(INDEX_NAME)}|{re.escape(SIDECAR_NAME)}")
 
 
 def pack(
@@ -90,18 +90,23 @@ def _write_shard(path: Path, images: Iterator[tuple[Path, int]], first_key: int)
 
 def _load(path: Path) -> tuple[bytes, tuple[int, int]]:
     """The bytes to store and the (width, height) of an image file."""
-    data = path.read_bytes()
+    data, problem = path.read_bytes(), None
     try:
         with Image.open(io.BytesIO(data)) as image:
+            size = image.size
             if image.format in ("JPEG", "MPO"):
-                if problem := jpeg_problem(data):
-                    raise DataError(f"{path}: {problem}; replace the file or take it out")
-                return data, image.size
-            encoded = io.BytesIO()
-            image.convert("RGB").save(encoded, "JPEG", quality=95, subsampling=0)
-            return encoded.getvalue(), image.size
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+                problem = jpeg_problem(data)
+            elif image.mode[0] in "IF":  # Pillow would clip them to white
+                problem = f"holds more than 8 bits per pixel and channel (mode {image.mode}), expected 8"
+            else:
+                encoded = io.BytesIO()
+                image.convert("RGB").save(encoded, "JPEG", quality=95, subsampling=0)
+                data = encoded.getvalue()
+    except Exception as error:  # Pillow's errors on damaged files share no narrower base class
         raise DataError(f"{path}: cannot be read as an image ({error}); replace the file or take it out") from error
+    if problem:
+        raise DataError(f"{path}: {problem}; replace the file or take it out")
+    return data, size
 
 
 def _wrong_size(first: Path, size: tuple[int, int], others: Iterator[Path]) -> DataError:
@@ -162,6 +167,6 @@ def read_identities(path: Path, split: str | None) -> list[str]:
         raise DataError(f"{path}: holds one list, not splits; leave --split {split} out")
     if not isinstance(content, list) or not content or not all(isinstance(name, str) and name for name in content):
         raise DataError(f"{path}: expected a list of identity names, found {str(content)[:60]!r}")
-    if unsafe := [name for name in content if Path(name).name != name]:
+    if unsafe := [name for name in content if name == ".." or Path(name).name != name]:
         raise DataError(f"{path}: {unsafe[0]!r} is no plain folder name")
     return content

@@ -18,7 +18,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.output import new_folder, replace_file
 
 _SCALE = 2  # drawn at twice the size and averaged down: smooth edges
-_NAME = re.compile(r"id_\d{5,}")
+FOLDER_NAME = re.compile(r"id_\d{5,}")  # of an identity, see face_name
 _ANGLES = np.linspace(0, 2 * np.pi, 28, endpoint=False)
 _Pair = tuple[float, float]
 _CIRCLE = np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], axis=1)
@@ -227,19 +227,24 @@ def face_name(identity: int) -> str:
 
 
 def write_synthetic(
-    out: Path, identities: int, images_per_identity: int, seed: int, first_identity: int = 0, *, progress: bool = False
+    out: Path,
+    identities: int,
+    images_per_identity: int,
+    seed: int,
+    first_identity: int = 0,
+    *,
+    force: bool = False,
+    progress: bool = False,
 ) -> None:
     """Draw ``<out>/id_00000/id_00000_0001.jpg`` and so on (LFW's naming: image numbers count from 1), JPEG quality 80 to 95.
 
     Identities ``first_identity`` to ``first_identity + identities - 1``: two sets of one seed whose ranges are apart share nobody.
-    ``out`` appears when it is complete, or not at all. Raises ``DataError`` when it exists and is not empty, or a count is not positive.
+    ``out`` appears when it is complete, or not at all (``output.new_folder``). Raises ``DataError`` when it exists (without ``force``),
+    or a count is not positive.
     """
-    least = {"identities": (identities, 1), "images": (images_per_identity, 1), "seed": (seed, 0), "first identity": (first_identity, 0)}
-    for name, (value, low) in least.items():
-        if value < low:
-            raise DataError(f"{name}: must be at least {low}, got {value}")
+    _check_counts(identities, images_per_identity, seed, first_identity)
     total = identities * images_per_identity
-    with new_folder(out, _NAME) as folder, tqdm(total=total, unit="img", file=sys.stderr, disable=not progress) as bar:
+    with new_folder(out, FOLDER_NAME, force=force) as folder, tqdm(total=total, unit="img", file=sys.stderr, disable=not progress) as bar:
         for identity in range(first_identity, first_identity + identities):
             name = face_name(identity)
             (folder / name).mkdir()
@@ -258,6 +263,7 @@ def write_pairs(
     First line ``folds  pairs_per_fold``; then per fold ``pairs_per_fold`` lines ``name i j`` (one person) and as many
     ``name1 i name2 j`` (two). No pair comes twice, and no identity is in two folds. Raises ``DataError`` when the set is too small.
     """
+    _check_counts(identities, images_per_identity, seed, first_identity)
     mine = identities // max(folds, 1)
     matched, mismatched = mine * (images_per_identity * (images_per_identity - 1) // 2), mine * (mine - 1) // 2 * images_per_identity**2
     if min(folds, pairs_per_fold) < 1 or pairs_per_fold > min(matched, mismatched):
@@ -282,3 +288,10 @@ def write_pairs(
         lines += [*sorted(same), *sorted(other)]
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, "\n".join(lines) + "\n")
+
+
+def _check_counts(identities: int, images_per_identity: int, seed: int, first_identity: int) -> None:
+    least = {"identities": (identities, 1), "images": (images_per_identity, 1), "seed": (seed, 0), "first identity": (first_identity, 0)}
+    for name, (value, low) in least.items():
+        if value < low:
+            raise DataError(f"{name}: must be at least {low}, got {value}")

@@ -101,7 +101,8 @@ def _by_index(shard: Path, keys: np.ndarray, offsets: np.ndarray, report: Report
     for number, (key, offset) in enumerate(zip(keys.tolist(), offsets.tolist(), strict=True)):
         bar.update()
         if end is not None and offset != end:
-            report.findings.append(_named(shard, offset, key, f"bytes {end} to {offset} before it belong to no record in the index"))
+            gap, overlap = f"bytes {end} to {offset} before it belong to no record in the index", f"the record before it ends at {end}"
+            report.findings.append(_named(shard, offset, key, gap if offset > end else overlap))
         try:
             record = reader.read_at(offset, key)
         except DataError as error:

@@ -2,12 +2,12 @@
 
 import argparse
 import json
-import os
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
+from data_pipeline.output import replace_file
 from eval.embedder import INPUT_RANGES, load_embedder
 from eval.errors import EvalError
 from eval.pairs import FAR_TARGETS, PairReport, evaluate_pairs
@@ -18,7 +18,7 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_args(_join_input_range(argv))
     try:
         args.command(args)
-    except EvalError as error:
+    except (EvalError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -30,6 +30,8 @@ def main(argv: list[str]) -> int:
 def _pairs(args: argparse.Namespace) -> None:
     if args.json and not args.json.parent.is_dir():
         raise EvalError(f"{args.json}: no such folder: {args.json.parent}")
+    if args.json and args.json.is_dir():
+        raise EvalError(f"{args.json}: is a folder; --json names a file")
     embedder = load_embedder(args.model, args.input_range, args.batch_size)
     how = "read from the model" if args.input_range == "auto" else "as told"
     print(f"model {embedder.source}\ninput range {embedder.input_range} ({how}), batch size {embedder.batch_size}", flush=True)
@@ -45,7 +47,7 @@ def _pairs(args: argparse.Namespace) -> None:
             **asdict(report),
             "images_per_second": report.images_per_second,
         }
-        _write_json(args.json, record)
+        replace_file(args.json, json.dumps(record, indent=2) + "\n")
 
 
 def _print_report(report: PairReport) -> None:
@@ -76,18 +78,14 @@ class _Progress:
         print(f"\r{line:<60}" if self._tty else line, end="\n" if done == total or not self._tty else "", file=sys.stderr, flush=True)
 
 
-def _write_json(path: Path, record: dict) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def _join_input_range(argv: list[str]) -> list[str]:
     """Turn ``--input-range -1..1`` into ``--input-range=-1..1``: argparse would read the value as an option."""
-    joined = list(argv)
-    for index in range(len(joined) - 1, 0, -1):
-        if joined[index - 1] == "--input-range" and joined[index] in INPUT_RANGES:
-            joined[index - 1 : index + 1] = [f"--input-range={joined[index]}"]
+    joined: list[str] = []
+    for word in argv:
+        if word in INPUT_RANGES and joined[-1:] == ["--input-range"]:
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
     return joined
 
 

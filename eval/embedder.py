@@ -63,9 +63,9 @@ def load_embedder(model: str | Path, input_range: str = "auto", batch_size: int 
     """Open a model file or a run directory.
 
     Args:
-        model: an ``.onnx`` graph (runs on the CPU); a ``.safetensors`` of backbone weights under the released key names (their shapes
-            tell the preset), or a run directory, of which the newest committed checkpoint is taken. Weights run in float32 on CUDA where
-            there is one, else on the CPU.
+        model: an ``.onnx`` graph (runs on the CPU; its first output counts); a ``.safetensors`` of backbone weights under the released
+            key names (their shapes tell the preset), or a run directory, of which the newest committed checkpoint is taken. Weights run
+            in float32 on CUDA where there is one, else on the CPU.
         input_range: pixel values the model takes, one of ``INPUT_RANGES`` or ``"auto"``. Our backbones take -1..1. An ONNX graph is
             taken to normalise 0..255 itself when a Sub and after it a Mul or Div stand among its first 8 nodes, else to take -1..1.
         batch_size: images per forward; a graph whose batch size is fixed keeps its own.
@@ -112,7 +112,7 @@ def _latest_backbone(run: Path) -> Path:
     pointer = run / "checkpoints" / "latest"
     if not pointer.is_file():
         raise EvalError(f"{run}: a run with no complete checkpoint ({pointer} is missing); train until one is written, or name another run")
-    name = pointer.read_text(encoding="utf-8").strip()
+    name = pointer.read_text(encoding="utf-8", errors="replace").strip()
     if not name or Path(name).name != name:
         raise EvalError(f"{pointer}: expected the name of a folder beside it, found {name!r}")
     weights = pointer.parent / name / "backbone.safetensors"
@@ -160,8 +160,15 @@ def _onnx_embedder(path: Path, input_range: str, batch_size: int) -> Embedder:
     if input_range == "auto":
         input_range = "0..255" if _normalises_itself(path) else "-1..1"
     output = session.get_outputs()[0].name
+
+    def forward(pixels: np.ndarray) -> np.ndarray:
+        try:
+            return session.run([output], {inputs[0].name: pixels})[0]
+        except Exception as error:  # as above
+            raise EvalError(f"{path}: onnxruntime can't run this graph on {len(pixels)} images at once: {error}") from error
+
     return Embedder(
-        lambda pixels: session.run([output], {inputs[0].name: pixels})[0],
+        forward,
         source=str(path),
         input_range=input_range,
         batch_size=shape[0] if fixed_batch else batch_size,

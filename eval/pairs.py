@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from eval.embedder import Embedder
 from eval.errors import EvalError
@@ -73,7 +73,7 @@ def read_pairs(path: str | Path) -> PairList:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise EvalError(f"{path}: no such pairs file") from error
-    except UnicodeDecodeError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise EvalError(f"{path}: not a text file in UTF-8: {error}") from error
     lines = [(number, _fields(line)) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
     if not lines:
@@ -92,6 +92,25 @@ def read_pairs(path: str | Path) -> PairList:
     return PairList(num_folds, tuple(pairs))
 
 
+def find_pairs(images_dir: str | Path, pairs_file: str | Path) -> tuple[PairList, dict[tuple[str, int], Path]]:
+    """The pairs and the file of every image in them, all found before anything is embedded: a missing one must not cost an hour.
+
+    Arguments and errors as in ``evaluate_pairs``.
+    """
+    images_dir = Path(images_dir)
+    if not images_dir.is_dir():
+        raise EvalError(f"{images_dir}: no such folder of images")
+    pair_list = read_pairs(pairs_file)
+    if pair_list.num_folds < 2:
+        raise EvalError(f"{pairs_file}: one fold; accuracy needs two or more, to choose each one's threshold on the others")
+    paths: dict[tuple[str, int], Path] = {}
+    for pair in pair_list.pairs:
+        for image in (pair.first, pair.second):
+            if image not in paths:
+                paths[image] = _find_image(images_dir, image, f"{pairs_file}, line {pair.line}")
+    return pair_list, paths
+
+
 def evaluate_pairs(
     embedder: Embedder, images_dir: str | Path, pairs_file: str | Path, progress: Callable[[int, int], None] | None = None
 ) -> PairReport:
@@ -105,16 +124,7 @@ def evaluate_pairs(
     Raises: EvalError that names the image and the pairs line that asks for it, when it is missing, unreadable, of another size, or its
         embedding is not finite.
     """
-    images_dir = Path(images_dir)
-    if not images_dir.is_dir():
-        raise EvalError(f"{images_dir}: no such folder of images")
-    pair_list = read_pairs(pairs_file)
-    paths: dict[tuple[str, int], Path] = {}  # all found before the first is embedded: a missing one must not cost an hour
-    for pair in pair_list.pairs:
-        for image in (pair.first, pair.second):
-            if image not in paths:
-                paths[image] = _find_image(images_dir, image, f"{pairs_file}, line {pair.line}")
-
+    pair_list, paths = find_pairs(images_dir, pairs_file)
     start = time.perf_counter()
     embeddings = _embed_images(embedder, list(paths.values()), progress)
     seconds = time.perf_counter() - start
@@ -194,9 +204,11 @@ def _embed_images(embedder: Embedder, paths: list[Path], progress: Callable[[int
 def _read_image(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError) as error:
+            mode, pixels = image.mode, np.asarray(image.convert("RGB"))
+    except Exception as error:  # Pillow's errors on damaged files share no narrower base class
         raise EvalError(f"{path}: not a readable image: {error}") from error
+    if mode[0] in "IF":  # Pillow has clipped them to white
+        raise EvalError(f"{path}: more than 8 bits per pixel and channel (mode {mode}), expected 8")
     if pixels.shape != (IMAGE_SIZE, IMAGE_SIZE, 3):
         raise EvalError(f"{path}: expected an aligned {IMAGE_SIZE} x {IMAGE_SIZE} face, found {pixels.shape[1]} x {pixels.shape[0]} pixels")
     return pixels

@@ -68,8 +68,18 @@ def test_synthetic_faces_and_pairs_on_the_command_line(tmp_path, capsys):
     for line in (tmp_path / "p.txt").read_text().splitlines()[1:]:
         name, i = line.split("\t")[:2]
         assert (tmp_path / "faces" / name / f"{name}_{int(i):04d}.jpg").is_file()
-    assert main(["synthetic", str(tmp_path / "faces")]) == 2
-    assert "exists already" in capsys.readouterr().err
+    pairs = (tmp_path / "p.txt").read_bytes()
+    assert main(["synthetic", str(tmp_path / "faces"), *arguments, "--pairs-per-fold", "3"]) == 2
+    assert "exists already; give --force" in capsys.readouterr().err
+    assert (tmp_path / "p.txt").read_bytes() == pairs
+    assert main(["synthetic", str(tmp_path / "faces"), "--identities", "1", "--images", "2", "--force"]) == 0
+    assert len(list((tmp_path / "faces").iterdir())) == 1
+
+
+def test_pairs_inside_the_faces_are_refused(tmp_path, capsys):
+    assert main(["synthetic", str(tmp_path / "faces"), "--pairs", str(tmp_path / "faces" / "p.txt")]) == 2
+    assert "must lie outside" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("number", "code", "line"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "")])

@@ -106,6 +106,18 @@ def test_a_graph_that_returns_no_vector_per_image_is_refused(tmp_path):
         load_embedder(path)(faces_of_noise(2))
 
 
+def test_a_graph_that_fails_on_a_batch_is_named(tmp_path):
+    path = write_graph(tmp_path / "m.onnx", "Add")
+    model = onnx.load(path)
+    constant = next(each for each in model.graph.initializer if each.name == "c_Add")
+    constant.CopyFrom(helper.make_tensor("c_Add", TensorProto.FLOAT, [3, 1, 1, 1], [0.0] * 3))  # fits batches of 1 and 3 alone
+    onnx.save(model, path)
+    embedder = load_embedder(path)
+    assert embedder(faces_of_noise(3)).shape == (3, 3)
+    with pytest.raises(EvalError, match=r"m.onnx: onnxruntime can't run this graph on 2 images at once"):
+        embedder(faces_of_noise(2))
+
+
 # --- our own weights
 
 

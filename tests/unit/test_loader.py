@@ -219,6 +219,7 @@ def test_arguments_out_of_range_are_refused(packed):
         ({"batch_size": 0}, "batch_size: must be at least 1, got 0"),
         ({"rank": 2, "world_size": 2}, "rank: must be less than world_size=2, got 2"),
         ({"seed": -1}, "seed: must be at least 0"),
+        ({"min_images_per_identity": 0}, "min_images_per_identity: must be at least 1, got 0"),
     ):
         with pytest.raises(DataError, match=complaint):
             FaceLoader(packed, **{"batch_size": 2, **change})

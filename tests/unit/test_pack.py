@@ -1,6 +1,9 @@
+import io
 import json
+import os
 import re
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -88,8 +91,14 @@ def test_only_the_listed_identities_are_packed(source, tmp_path):
 
 def test_identity_lists_that_do_not_fit_are_refused(source, tmp_path):
     listed = tmp_path / "ids.json"
-    listed.write_text(json.dumps({"train": ["Ann", "Zed"], "bad": ["../up"], "none": []}))
-    refusals = {None: "splits train, bad, none; choose", "dev": "no split 'dev'", "none": "expected a list", "bad": "no plain"}
+    listed.write_text(json.dumps({"train": ["Ann", "Zed"], "bad": ["../up"], "up": [".."], "none": []}))
+    refusals = {
+        None: "splits train, bad, up, none; choose",
+        "dev": "no split 'dev'",
+        "none": "expected a list",
+        "bad": "no plain",
+        "up": "no plain",
+    }
     for split, complaint in refusals.items():
         with pytest.raises(DataError, match=complaint):
             read_identities(listed, split)
@@ -118,6 +127,14 @@ def test_bad_sources_are_refused_by_name_and_leave_nothing(source, tmp_path):
     refused(r"Dee/0\.jpg: JPEG is cut short")
     (source / "Dee" / "0.jpg").write_bytes(b"hello")
     refused(r"Dee/0\.jpg: cannot be read as an image")
+    png = io.BytesIO()
+    Image.new("RGB", (112, 112)).save(png, "PNG")
+    (source / "Dee" / "0.jpg").write_bytes(png.getvalue().replace(b"IDAT", b"I\0AT"))  # Pillow raises SyntaxError
+    refused(r"Dee/0\.jpg: cannot be read as an image")
+    (source / "Dee" / "0.jpg").write_bytes(b"P6 -1 112 255 ")  # Pillow raises ValueError
+    refused(r"Dee/0\.jpg: cannot be read as an image")
+    Image.fromarray(np.full((112, 112), 30000, np.uint16)).save(source / "Dee" / "0.jpg", "PNG")
+    refused(r"Dee/0\.jpg: holds more than 8 bits per pixel and channel")
     (source / "Dee" / "0.jpg").write_bytes(jpeg(side=128))
     (source / "Dee" / "1.jpg").write_bytes(jpeg(side=100))
     refused(r"must be 112x112 pixels: .*Dee/\d\.jpg is 1\d\dx1\d\d; .*Dee/\d\.jpg is 1\d\dx1\d\d\. Align and crop", shards=1)
@@ -139,6 +156,36 @@ def test_force_deletes_nothing_but_a_set(source, packed):
         pack(source, packed, 2, force=True)
     assert (packed / "thesis.tex").read_text() == "years of work"
     assert len(list(packed.iterdir())) == 6
+
+
+def test_force_through_a_symbolic_link_replaces_what_it_points_to(source, packed):
+    link = packed.parent / "link"
+    link.symlink_to(packed)
+    pack(source, link, 2, force=True)
+    assert link.is_symlink()
+    assert sorted(file.name for file in packed.iterdir()) == ["shard_00000.rec", "shard_00001.rec", "shards.idx", "shards.json"]
+    assert not list(packed.parent.glob(".*"))
+
+
+def test_a_mount_point_is_refused_before_the_work(source):
+    with pytest.raises(DataError, match="/: is a mount point"):
+        pack(source, Path("/"), 1)
+
+
+def test_a_stop_between_the_two_renames_keeps_the_old_set(source, packed, monkeypatch):
+    before = {file.name: file.read_bytes() for file in packed.iterdir()}
+    replace = os.replace
+
+    def stopping(old, new):
+        replace(old, new)
+        if Path(old) == packed:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("data_pipeline.output.os.replace", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        pack(source, packed, 2, force=True)
+    assert {file.name: file.read_bytes() for file in packed.iterdir()} == before
+    assert not list(packed.parent.glob(".*"))
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, OSError])
@@ -285,6 +332,12 @@ def test_verify_names_bytes_that_no_index_line_reaches(tmp_path):
     middle, end = verify(tmp_path).findings
     assert f"(key 2): bytes {offsets[1]} to {offsets[2]} before it belong to no record" in middle
     assert f"bytes {offsets[3]} to {(tmp_path / 'train.rec').stat().st_size} at the end" in end
+
+
+def test_verify_names_a_record_that_the_index_lists_twice(tmp_path):
+    offsets = write_records(tmp_path / "train.rec", [(key, 0.0, jpeg()) for key in range(2)])
+    (tmp_path / "train.idx").write_text(f"0\t0\n5\t0\n1\t{offsets[1]}\n")
+    assert [line.partition("(")[2] for line in verify(tmp_path).findings] == [f"key 5): the record before it ends at {offsets[1]}"]
 
 
 def test_a_jpeg_with_aligned_magic_survives_packing(tmp_path):

@@ -196,6 +196,8 @@ def test_a_missing_or_binary_pairs_file_is_named(tmp_path):
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(EvalError, match=r"binary.txt: not a text file"):
         read_pairs(tmp_path / "binary.txt")
+    with pytest.raises(EvalError, match="Is a directory"):
+        read_pairs(tmp_path)
 
 
 # --- a whole evaluation
@@ -265,11 +267,26 @@ def test_images_of_another_size_and_files_that_are_no_images_are_named(people):
     Image.new("RGB", (250, 240)).save(path)
     with pytest.raises(EvalError, match=r"P.1_0001.png: expected an aligned 112 x 112 face, found 250 x 240 pixels"):
         evaluate_pairs(corner_embedder(), images, pairs)
+    Image.fromarray(np.full((112, 112), 30000, np.uint16)).save(path)
+    with pytest.raises(EvalError, match=r"P.1_0001.png: more than 8 bits per pixel and channel"):
+        evaluate_pairs(corner_embedder(), images, pairs)
+    path.write_bytes(b"P6 -1 112 255 ")  # Pillow raises ValueError
+    with pytest.raises(EvalError, match=r"P.1_0001.png: not a readable image"):
+        evaluate_pairs(corner_embedder(), images, pairs)
     path.write_bytes(b"no image")
     with pytest.raises(EvalError, match=r"P.1_0001.png: not a readable image"):
         evaluate_pairs(corner_embedder(), images, pairs)
     with pytest.raises(EvalError, match="elsewhere: no such folder of images"):
         evaluate_pairs(corner_embedder(), images / "elsewhere", pairs)
+
+
+def test_one_fold_is_refused_before_an_image_is_embedded(people):
+    images, pairs = people
+    pairs.write_text("1\t1\nP.0\t1\t2\nP.0\t1\tP.1\t2\n")
+    calls = []
+    with pytest.raises(EvalError, match=r"pairs\.txt: one fold; accuracy needs two or more"):
+        evaluate_pairs(corner_embedder(calls=calls), images, pairs)
+    assert not calls
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])

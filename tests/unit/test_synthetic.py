@@ -41,6 +41,10 @@ def test_an_existing_folder_and_bad_counts_are_refused(tmp_path):
     with pytest.raises(DataError, match="images: must be at least 1, got 0"):
         write_synthetic(tmp_path / "none", 1, 0, seed=0)
     assert not (tmp_path / "none").exists()
+    with pytest.raises(DataError, match="images: must be at least 1, got -1"):
+        write_pairs(tmp_path / "pairs.txt", 20, -1, 2, 1, seed=0)
+    with pytest.raises(DataError, match="seed: must be at least 0, got -1"):
+        write_pairs(tmp_path / "pairs.txt", 20, 4, 2, 1, seed=-1)
 
 
 def test_pairs_are_in_lfw_format_distinct_and_share_no_identity_between_folds(tmp_path):

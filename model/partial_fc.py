@@ -29,6 +29,7 @@ from model.prototypes import Expectation
 
 Centers = Literal["learned", "pco"]
 CENTERS = ("learned", "pco")
+MAX_SCALE = 128.0
 _CHUNK_ROWS = 512
 _EXP_LIMIT = 88.0  # exp of it is below the float32 maximum, exp(88.7)
 
@@ -42,6 +43,8 @@ class PartialFC:
     applied, else :meth:`discard`. The gradient of the centers is the mean over the micro-batches since then: no loss scale, no factor
     world_size, no all-reduce. If a gradient on any rank is not finite, ``backward`` hands ``inf`` to the engine on every rank, so that it
     skips the step everywhere.
+
+    On CUDA the choice of positives waits for the device a few times per call (``nonzero``, ``unique``, the check of the labels).
     """
 
     def __init__(
@@ -59,7 +62,7 @@ class PartialFC:
         optimizer: CentersOptimizerKind = "row_sparse",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
     ) -> None:
         """
         Args:
@@ -67,25 +70,29 @@ class PartialFC:
             num_classes: C over all ranks.
             sample_rate: share of each rank's centers scored per step, in (0, 1].
             margin: (m1, m2, m3): factor on the angle, radians, cosine; see :func:`model.margin.unified_margin`.
-            scale: s of the logits.
+            scale: s of the logits, in (0, 128]; beyond, float32 exponentials no longer hold the range of the negatives.
             margin_gradient: ``exact`` or ``straight_through``; see :func:`model.margin.margin_slope`.
             centers: ``learned`` scores against w; ``pco`` adds the expectation as a second anchor.
             group: process group that shares the classes; None: the default group, or one process that owns every class.
             seed: of the initial centers and of the sampling.
             optimizer: ``row_sparse`` touches sampled rows only; ``dense`` is the field's AdamW over all rows.
             betas, eps: of AdamW.
+            device: of the centers; None: the current GPU under an nccl group, else torch's default device.
 
         Raises:
             ValueError: an argument outside its range.
         """
         if margin_gradient not in MARGIN_GRADIENTS:
             raise ValueError(f"margin_gradient must be one of {', '.join(MARGIN_GRADIENTS)}, got {margin_gradient!r}")
-        if not scale > 0:
-            raise ValueError(f"scale must be positive, got {scale}")
+        if not 0 < scale <= MAX_SCALE:
+            raise ValueError(f"scale must lie in (0, {MAX_SCALE:g}], got {scale}")
         if num_classes < 1 or embedding_size < 1:
             raise ValueError(f"num_classes and embedding_size must be positive, got {num_classes} and {embedding_size}")
         if group is None and dist.is_initialized():
             group = dist.group.WORLD
+        if device is None:
+            nccl = group is not None and dist.get_backend(group) == "nccl"
+            device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.get_default_device()
         self._ranks = _Ranks(group)
         self.shard = ClassShard(num_classes, self._ranks.rank, self._ranks.world_size)
         self.margin, self.scale, self.margin_gradient = check_margin(margin), float(scale), margin_gradient

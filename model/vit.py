@@ -151,23 +151,23 @@ class BatchNorm(nn.BatchNorm1d):
     8 bits lose the signal. The parameters may still arrive as bfloat16: the float32 master of the affine weight then lives in the ZeRO
     optimizer, and what is read here is its rounded copy. Buffers must stay float32: DeepSpeed leaves them alone, ``module.bfloat16()``
     does not.
+
+    A batch statistic that is not finite does not enter the running statistics: the optimizer skips such a step, and a running average
+    would never recover from it.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if self.running_mean.dtype != torch.float32:
             raise TypeError(f"BatchNorm statistics must stay float32, found {self.running_mean.dtype}: cast parameters, not buffers")
+        mean, var = self.running_mean, self.running_var
+        if self.training:
+            mean, var = mean.clone(), var.clone()  # autograd keeps what batch_norm is given: that must not change afterwards
+        out = F.batch_norm(x.float(), mean, var, self.weight.float(), self.bias.float(), self.training, self.momentum, self.eps)
         if self.training:
             self.num_batches_tracked.add_(1)
-        return F.batch_norm(
-            x.float(),
-            self.running_mean,
-            self.running_var,
-            self.weight.float(),
-            self.bias.float(),
-            self.training,
-            self.momentum,
-            self.eps,
-        )
+            self.running_mean.copy_(torch.where(mean.isfinite(), mean, self.running_mean))
+            self.running_var.copy_(torch.where(var.isfinite(), var, self.running_var))
+        return out
 
 
 class Attention(nn.Module):

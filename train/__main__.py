@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
+import traceback
 from pathlib import Path
 
 import model
 
-_ERROR, _INTERRUPTED = 2, 130
+_UNEXPECTED, _ERROR, _INTERRUPTED = 1, 2, 130
 _DESCRIPTION = """\
 Train a face-recognition backbone through the stages of a recipe.
 
@@ -18,7 +20,7 @@ Train a face-recognition backbone through the stages of a recipe.
 
 key=value overrides the recipe, with dots for sections: optimizer.lr=5e-4 stages.0.epochs=2. The run lies in `output`: recipe.yaml,
 metrics.jsonl, summary.json, checkpoints/. Started again, it goes on from its newest complete checkpoint (resume=auto).
-Exit codes: 0 the run is complete, 2 something given is wrong (one line says what), 130 interrupted."""
+Exit codes of a rank: 0 the run is complete, 1 an unexpected error, 2 something given is wrong (one line says what), 130 interrupted."""
 
 
 def main() -> None:
@@ -26,6 +28,8 @@ def main() -> None:
     arguments = _parse_arguments()
     _check_import_path()
     # Heavy imports come after the cheap refusals.
+    from data_pipeline.errors import DataError
+    from eval.errors import EvalError
     from train.config import load_run_config
     from train.dist import RankError, import_deepspeed, process_group, read_ranks
     from train.ds_config import load_ds_config
@@ -35,20 +39,23 @@ def main() -> None:
         cfg = load_run_config(arguments.config, arguments.overrides)
         import_deepspeed(ranks.device)
         ds_config, summary = load_ds_config(arguments.deepspeed_config, cfg, ranks.world_size, ranks.device.type)
-    except ValueError as error:  # every rank sees the same; one of them says it
-        _stop(str(error) if ranks.is_first else None)
+    except ValueError as error:  # every rank of a node sees the same; one of them says it
+        _stop(str(error) if ranks.local_rank == 0 else None)
     try:
         with process_group(ranks) as ranks:
             _train(cfg, ds_config, summary, ranks)
     except RankError as error:
         _stop(str(error) if ranks.is_first else None)
-    except ValueError as error:  # DataError, EvalError: on this rank, while the others train on; the launcher stops them
+    except (DataError, EvalError) as error:  # on this rank alone: the others wait for it until the launcher stops them
         _stop(f"rank {ranks.rank}: {error}")
     except KeyboardInterrupt:
         print(
             f"rank {ranks.rank}: interrupted; the newest checkpoint is complete, start again to go on from it", file=sys.stderr, flush=True
         )
         os._exit(_INTERRUPTED)
+    except Exception:
+        sys.stderr.write(f"rank {ranks.rank}:\n{traceback.format_exc()}")
+        os._exit(_UNEXPECTED)
 
 
 def _train(cfg, ds_config, summary, ranks) -> None:
@@ -88,7 +95,9 @@ def _check_import_path() -> None:
 
 
 def _stop(message: str | None) -> None:
-    if message:
+    if message is None:
+        time.sleep(5)  # the launcher kills every rank at the first exit: let the one that has the message go first
+    else:
         sys.stderr.write(f"error: {message}\n")  # in one piece: ranks share the stream
     sys.stderr.flush()
     os._exit(_ERROR)  # not sys.exit: other ranks may be waiting in a collective that teardown would wait for

@@ -3,7 +3,7 @@
     checkpoints/
       latest                  text: the name of the newest complete checkpoint
       step_00001200/
-        engine/               DeepSpeed's own shards: parameters, float32 masters, optimizer moments
+        engine/               DeepSpeed's own shards: parameters, float32 masters, optimizer moments (and its conversion scripts beside it)
         rank_00000.pt ...     per rank: its rows of the head, the loader's cursor, random state, its BatchNorm statistics
         backbone.safetensors  the whole backbone in float32 under its released key names, for evaluation and release
         manifest.json         what the run was, and size and SHA-256 of every file above; a folder without it is not a checkpoint
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from data_pipeline.output import replace_file, sync_folder
 from train.dist import Ranks
 from train.engine import full_backbone_weights
 
@@ -46,6 +47,7 @@ class Identity:
     zero_stage: int
     precision: str
     recipe: dict[str, Any]  # RunConfig.mathematics()
+    deepspeed: dict[str, Any]  # the sections of its JSON that change numbers
 
     def differences(self, saved: dict[str, Any]) -> list[str]:
         """``key: this run has X, the checkpoint Y`` for every difference, nested keys dotted."""
@@ -70,33 +72,38 @@ class Checkpoints:
             rank_state: this rank's tensors and plain values (torch.save, readable with weights_only).
             run_state: JSON values that are equal on all ranks; rank 0's are kept.
 
-        Collectives: DeepSpeed's save, the gather of the backbone, three barriers.
+        Raises RankError on every rank if a file cannot be written. Collectives: DeepSpeed's save, the gather of the backbone, four gathers
+        of small objects or barriers.
         """
         name = f"step_{step:08d}"
         final, partial = self.folder / name, self.folder / f"{name}.partial"
-        if self._ranks.is_first:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        self._ranks.barrier()
-        engine.save_checkpoint(str(partial), tag="engine", save_latest=False)
+        self._ranks.together(lambda: _new_folder(partial) if self._ranks.is_first else None)
+        # Without this mark DeepSpeed's converter to other world sizes refuses the checkpoint.
+        universal = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
+        engine.save_checkpoint(str(partial), tag="engine", save_latest=False, client_state=universal)
         buffers = {key: buffer.detach().cpu().clone() for key, buffer in engine.module.named_buffers()}
-        torch.save({**rank_state, "buffers": buffers, "rng": _random_state()}, partial / f"rank_{self._ranks.rank:05d}.pt")
+        everything = {**rank_state, "buffers": buffers, "rng": _random_state(self._ranks.device)}
+        self._ranks.together(lambda: torch.save(everything, partial / f"rank_{self._ranks.rank:05d}.pt"))
         weights = full_backbone_weights(engine, self._ranks.group)
         if self._ranks.is_first:
             save_file(weights, partial / "backbone.safetensors", metadata=self._backbone)
-        self._ranks.barrier()
-        if self._ranks.is_first:
-            manifest = {"format": _FORMAT, "step": step, "identity": vars(self._identity), "run": run_state, "files": _describe(partial)}
-            _write_durably(partial / "manifest.json", json.dumps(manifest, indent=1))
-            if final.exists():  # the same step saved again after a resume that passed it over
-                _delete(final)
-            os.replace(partial, final)
-            _sync_folder(self.folder)
-            _write_durably(self.folder / "latest", name + "\n")
-            for old in self._names()[: -self._keep_last]:
-                _delete(self.folder / old)
-        self._ranks.barrier()
+        manifest = {"format": _FORMAT, "step": step, "identity": vars(self._identity), "run": run_state}
+        self._ranks.together(lambda: self._commit(partial, final, manifest) if self._ranks.is_first else None)
         return final
+
+    def _commit(self, partial: Path, final: Path, manifest: dict[str, Any]) -> None:
+        replace_file(partial / "manifest.json", json.dumps({**manifest, "files": _describe(partial)}, indent=1))
+        if final.exists():  # damaged: a resume passed it over and came here again
+            _delete(final)
+        os.replace(partial, final)
+        sync_folder(self.folder)
+        self._point_to(final.name)
+        # Later ones were passed over as damaged; they do not count and are replaced when the run comes to their step.
+        for old in [name for name in self._names() if name <= final.name][: -self._keep_last]:
+            _delete(self.folder / old)
+
+    def _point_to(self, name: str) -> None:
+        replace_file(self.folder / "latest", name + "\n")
 
     def newest(self, say: Callable[[str], None]) -> Path | None:
         """The newest complete checkpoint, every file checked against the manifest; None if the run has none at all.
@@ -115,6 +122,7 @@ class Checkpoints:
         for name in reversed(names):
             problem = _problem(self.folder / name)
             if problem is None:
+                self._point_to(name)  # a kill between a commit and its pointer leaves the old one
                 return name
             say(f"passing over checkpoint {self.folder / name}: {problem}")
         if names:
@@ -135,7 +143,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"{checkpoint} belongs to another run: {'; '.join(differences)}. Undo the change, or start anew with another output"
             )
-        rank_state = torch.load(checkpoint / f"rank_{self._ranks.rank:05d}.pt", weights_only=True)
+        rank_state = torch.load(checkpoint / f"rank_{self._ranks.rank:05d}.pt", weights_only=True, map_location="cpu")
         return Saved(checkpoint, manifest["step"], rank_state, manifest["run"])
 
 
@@ -161,11 +169,13 @@ def _problem(checkpoint: Path) -> str | None:
     """Why a folder is not a complete checkpoint."""
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_text())
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError) as error:
+        found, step, files = manifest["format"], manifest["step"], manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"its manifest cannot be read ({error})"
-    if manifest.get("format") != _FORMAT:
-        return f"its format is {manifest.get('format')}, this version reads {_FORMAT}"
+    if found != _FORMAT:
+        return f"its format is {found}, this version reads {_FORMAT}"
+    if checkpoint.name != f"step_{step:08d}":
+        return f"its manifest is of step {step}"
     for name, expected in files.items():
         path = checkpoint / name
         if not path.is_file():
@@ -177,6 +187,11 @@ def _problem(checkpoint: Path) -> str | None:
     return None
 
 
+def _new_folder(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
 def _describe(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file, each flushed to disk first."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -184,32 +199,13 @@ def _describe(folder: Path) -> dict[str, dict[str, Any]]:
         with path.open("rb+") as file:
             os.fsync(file.fileno())
     for sub in {path.parent for path in files}:
-        _sync_folder(sub)
+        sync_folder(sub)
     return {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_durably(path: Path, text: str) -> None:
-    """Replace ``path`` in one move: a reader sees the old text or the new."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _delete(checkpoint: Path) -> None:
@@ -220,16 +216,16 @@ def _delete(checkpoint: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _random_state() -> dict[str, torch.Tensor]:
+def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
     state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
 def _restore_random_state(state: dict[str, torch.Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
+    if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
 
 

@@ -63,7 +63,7 @@ class HeadConfig(Section):
     """The Partial-FC head. The number of classes comes from the data."""
 
     margin: MarginConfig = MarginConfig()
-    scale: PositiveFloat = 64.0  # s
+    scale: Annotated[float, Field(gt=0, le=128)] = 64.0  # s
     margin_gradient: Literal["exact", "straight_through"] = "exact"  # d logit/d cos: the true derivative, or s
     optimizer: Literal["row_sparse", "dense"] = "row_sparse"  # AdamW on the scored rows, or on all rows
 
@@ -72,7 +72,7 @@ class AugmentConfig(Section):
     """Training augmentation; the fields of data_pipeline.loader.Augment."""
 
     flip: Probability = 0.5  # probability of a mirror image
-    shift_px: Annotated[int, Field(ge=0, lt=112)] = 0  # translation, uniform in +-shift_px
+    shift_px: Annotated[int, Field(ge=0, le=56)] = 0  # translation, uniform in +-shift_px
     brightness: Fraction = 0.0  # factor, uniform in 1 +- brightness
 
 
@@ -88,7 +88,7 @@ class DataConfig(Section):
 class BatchConfig(Section):
     """Batch sizes. Global batch = micro_batch_size x grad_accum_steps x world_size."""
 
-    micro_batch_size: PositiveInt = 64  # images per rank and forward pass
+    micro_batch_size: Annotated[int, Field(ge=2)] = 64  # images per rank and forward pass; BatchNorm needs two
     grad_accum_steps: PositiveInt = 1  # forward passes per optimizer step
 
 
@@ -241,8 +241,6 @@ def _stage_problems(run: RunConfig) -> Iterator[Problem]:
             given = "both" if stage.epochs else "neither"
             yield key, f"stage {stage.name!r} needs exactly one of epochs and steps, got {given}"
         expectation_exists |= stage.update_expectation
-        if stage.centers == "pco" and stage.sample_rate != 1.0:
-            yield (*key, "sample_rate"), f"must be 1.0 with centers: pco, which scores all classes, got {stage.sample_rate:g}"
         if stage.centers == "pco" and not expectation_exists:
             yield (*key, "centers"), "pco needs expectations: set update_expectation: true in this stage or an earlier one"
 

@@ -79,7 +79,8 @@ def read_ranks() -> Ranks:
     """What the launcher (``deepspeed`` or ``torchrun``) put into the environment; one process on its own without a launcher."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
     return Ranks(rank, local_rank, world_size, local_world_size, device)
 

@@ -9,26 +9,28 @@ from torch import Tensor, nn
 from train.config import ConfigError, OptimizerConfig
 
 
-def build_engine(backbone: nn.Module, optimizer: OptimizerConfig, ds_config: dict):
-    """``deepspeed.initialize`` with the recipe's optimizer; the head stays outside.
+def build_engine(backbone: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict):
+    """``deepspeed.initialize`` of the backbone alone; the head stays outside.
 
     Clipping, accumulation and precision stand in ``ds_config`` (see train.ds_config). Collectives: parameters are broadcast from rank 0.
     """
     import deepspeed
 
-    engine, *_ = deepspeed.initialize(model=backbone, optimizer=_build_optimizer(backbone, optimizer), config=ds_config)
+    engine, *_ = deepspeed.initialize(model=backbone, optimizer=optimizer, config=ds_config)
     return engine
 
 
-def _build_optimizer(backbone: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_optimizer(backbone: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW over the backbone as the recipe says; ConfigError if that needs NVIDIA apex and it is not there."""
     settings = {"lr": config.lr, "weight_decay": config.weight_decay, "betas": config.betas, "eps": config.eps}
-    on_gpu = torch.cuda.is_available()
     if config.impl == "torch":
         return torch.optim.AdamW(backbone.parameters(), fused=True, **settings)
     if config.impl == "deepspeed":  # compiled on first use
+        from deepspeed.accelerator import get_accelerator
         from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
-        return (FusedAdam if on_gpu else DeepSpeedCPUAdam)(backbone.parameters(), adamw_mode=True, **settings)
+        kind = FusedAdam if get_accelerator().device_name() == "cuda" else DeepSpeedCPUAdam
+        return kind(backbone.parameters(), adamw_mode=True, **settings)
     try:
         import amp_C  # noqa: F401 - the compiled half of NVIDIA's apex; the PyPI package named apex does not have it
         from apex.optimizers import FusedAdam
@@ -51,23 +53,30 @@ def loss_scale(engine) -> float:
 
 
 def full_backbone_weights(engine, group: dist.ProcessGroup) -> dict[str, Tensor]:
-    """The whole backbone on every rank, float32 on the CPU, under its released key names.
+    """On the group's rank 0 the whole backbone, float32 on the CPU, under its released key names; an empty dict on the others.
 
-    Parameters are ZeRO's float32 master weights. BatchNorm statistics differ per rank (each saw its own batches) and are pooled: the mean
-    of the means, and the mean of the variances plus the variance of the means. Collectives: one gather per parameter, two all-reduces
-    per BatchNorm.
+    Parameters are ZeRO's float32 master weights, gathered one at a time. BatchNorm statistics differ per rank (each saw its own batches)
+    and are pooled: the mean of the means, and the mean of the variances plus the variance of the means. Collectives: one gather per
+    parameter, two all-reduces per BatchNorm.
     """
     from deepspeed.utils import safe_get_full_fp32_param
 
-    weights = {name: safe_get_full_fp32_param(parameter) for name, parameter in engine.module.named_parameters()}
+    weights: dict[str, Tensor] = {}
+    keep = dist.get_rank(group) == 0
+
+    def add(name: str, tensor: Tensor) -> None:
+        if keep:
+            weights[name] = tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+    for name, parameter in engine.module.named_parameters():
+        add(name, safe_get_full_fp32_param(parameter))
     for name, module in engine.module.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            weights[f"{name}.running_mean"], weights[f"{name}.running_var"] = _pooled_statistics(module, group)
-            weights[f"{name}.num_batches_tracked"] = module.num_batches_tracked
-    return {
-        name: weights[name].detach().to("cpu", torch.float32 if weights[name].is_floating_point() else None).clone()
-        for name in engine.module.state_dict()
-    }
+            mean, variance = _pooled_statistics(module, group)
+            add(f"{name}.running_mean", mean)
+            add(f"{name}.running_var", variance)
+            add(f"{name}.num_batches_tracked", module.num_batches_tracked)
+    return weights
 
 
 def _pooled_statistics(module: nn.modules.batchnorm._BatchNorm, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:

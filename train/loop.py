@@ -40,4 +40,5 @@ def train(run: Run) -> None:
         run.step += 1
         run.record(losses, lr, applied)
         if run.checkpoint_due():
-            run.save()
+            with phase("checkpoint"):
+                run.save()

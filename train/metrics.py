@@ -22,7 +22,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 
 from train.document import ConfigError
 
-PHASES = ("data", "forward", "head", "backward", "optimizer", "total")
+PHASES = ("data", "forward", "head", "backward", "optimizer", "checkpoint", "total")
 PORTS_TO_TRY = 64
 
 

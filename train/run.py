@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TextIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from data_pipeline.loader import Augment, FaceLoader
+from eval.pairs import find_pairs
 from model.partial_fc import PartialFC
 from model.vit import build_vit
 from train.checkpoint import CheckpointError, Checkpoints, Identity, Saved
 from train.config import ConfigError, RunConfig
-from train.dist import Ranks
+from train.dist import RankError, Ranks
 from train.ds_config import DeepSpeedSummary
-from train.engine import build_engine, loss_scale
+from train.engine import build_engine, build_optimizer, loss_scale
 from train.metrics import BuildInfo, Metrics, PhaseTimer, StepRecord
 from train.report import announce, progress_line, stage_line
 from train.schedule import learning_rate
 from train.stages import Stage, StageLosses, StageManager
+
+# Sections of DeepSpeed's JSON that change numbers, beyond ZeRO stage and precision.
+_NUMERIC_SECTIONS = ("communication_data_type", "data_types", "torch_autocast", "bf16", "fp16")
+_MAX_SKIPPED_IN_A_ROW = 50  # fp16 finds its loss scale within 20
 
 
 @dataclass
@@ -43,6 +52,19 @@ class _Window:
     def mean_loss(self) -> float:
         return float(torch.stack(self.losses).mean())
 
+    def state(self) -> dict[str, Any]:
+        return {
+            "steps": self.steps,
+            "skipped": self.skipped,
+            "losses": list(map(float, self.losses)),
+            "seconds": time.monotonic() - self.start,
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], device: torch.device) -> _Window:
+        losses = [torch.tensor(loss, device=device) for loss in state["losses"]]
+        return cls(time.monotonic() - state["seconds"], state["steps"], state["skipped"], losses)
+
 
 @dataclass
 class Run:
@@ -61,8 +83,10 @@ class Run:
     step: int = 0  # completed optimizer steps
     window: _Window = field(default_factory=_Window)
     last_checkpoint: Path | None = None
-    images_trained: int = 0  # by this process and its peers
+    images_trained: int = 0  # over all ranks, without the current window
     seconds_trained: float = 0.0
+    skipped_in_a_row: int = 0
+    lock: TextIO | None = None  # open as long as the run writes to its output
 
     @property
     def epoch(self) -> float:
@@ -104,8 +128,14 @@ class Run:
         loss = torch.stack(losses).mean()
         self.losses.record(stage.name, loss)
         self.window.add(loss, applied)
+        self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
         if self._log_due(self.step):
             self._publish(stage, lr, float(self.engine.get_global_grad_norm()) if applied else math.nan)
+        if self.skipped_in_a_row == _MAX_SKIPPED_IN_A_ROW:
+            raise RankError(
+                f"steps {self.step - _MAX_SKIPPED_IN_A_ROW + 1} to {self.step} were all skipped: a gradient was not finite (last loss "
+                f"{float(loss):g}). Start again with a lower optimizer.lr, a longer warm-up or a smaller margin"
+            )
 
     def _log_due(self, step: int) -> bool:
         return step % self.cfg.metrics.log_every == 0 or step == self.stages.total_steps
@@ -147,13 +177,21 @@ class Run:
         """Commit a checkpoint of this step. Collectives: see Checkpoints.save."""
         begin = time.monotonic()
         rank_state = {"head": self.head.state(), "loader": self.batches.state()}
-        run_state = {"stage": self.stages.at(self.step - 1).name, "epoch": self.epoch, "losses": self.losses.state()}
+        run_state = {
+            "stage": self.stages.at(self.step - 1).name,
+            "epoch": self.epoch,
+            "losses": self.losses.state(),
+            "window": self.window.state(),
+            "trained": {"images": self.images_trained, "seconds": self.seconds_trained},
+        }
         self.last_checkpoint = self.checkpoints.save(self.step, self.engine, rank_state, run_state)
         self.say(f"checkpoint {self.last_checkpoint}")
         self.window.start += time.monotonic() - begin  # throughput is of training; saving is not counted
 
     def close(self) -> None:
         self.metrics.close()
+        if self.lock:
+            self.lock.close()
 
 
 def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks: Ranks) -> Run:
@@ -166,7 +204,11 @@ def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks:
         if ranks.is_first:
             print(text, flush=True)
 
-    identity = Identity(ranks.world_size, summary.zero_stage, summary.precision, cfg.mathematics())
+    lock = ranks.together(lambda: _lock(cfg.output, say) if ranks.is_first else None)
+    if cfg.eval:
+        ranks.together(lambda: find_pairs(cfg.eval.images, cfg.eval.pairs) if ranks.is_first else None)
+    numerics = {key: ds_config[key] for key in _NUMERIC_SECTIONS if key in ds_config}
+    identity = Identity(ranks.world_size, summary.zero_stage, summary.precision, cfg.mathematics(), numerics)
     backbone_metadata = {"preset": cfg.model.name, "embedding_size": str(cfg.model.embedding_size)}
     checkpoints = Checkpoints(cfg.output / "checkpoints", ranks, identity, cfg.checkpoint.keep_last, backbone_metadata)
     newest = checkpoints.newest(say)
@@ -174,6 +216,7 @@ def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks:
     if saved:
         say(f"resuming from {newest}: step {saved.step}, stage {saved.run_state['stage']}")
     batches = ranks.together(lambda: _open_data(cfg, ranks, saved))
+    _check_agreement(ranks, cfg, ds_config, batches)
     stages = ranks.together(lambda: _plan_stages(cfg, batches))
     build = BuildInfo(ranks.world_size, summary.zero_stage, summary.precision)
     metrics = ranks.together(
@@ -188,7 +231,8 @@ def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks:
         embedding_size=cfg.model.embedding_size,
         activation_checkpointing=cfg.model.activation_checkpointing,
     )
-    engine = build_engine(backbone, cfg.optimizer, ds_config)
+    optimizer = ranks.together(lambda: build_optimizer(backbone, cfg.optimizer))
+    engine = build_engine(backbone, optimizer, ds_config)
     margin = cfg.head.margin
     head = PartialFC(
         cfg.model.embedding_size,
@@ -211,11 +255,36 @@ def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks:
         head.load_state(saved.rank_state["head"])
         losses.load_state(saved.run_state["losses"])
 
-    run = Run(cfg, ranks, batches, engine, head, stages, losses, checkpoints, metrics, PhaseTimer(ranks.device.type))
+    run = Run(cfg, ranks, batches, engine, head, stages, losses, checkpoints, metrics, PhaseTimer(ranks.device.type), lock=lock)
     if saved:
         run.step, run.last_checkpoint = saved.step, saved.folder
+        run.window = _Window.from_state(saved.run_state["window"], ranks.device)
+        run.images_trained, run.seconds_trained = saved.run_state["trained"]["images"], saved.run_state["trained"]["seconds"]
     announce(run, ds_config, summary)
     return run
+
+
+def _lock(output: Path, say: Callable[[str], None]) -> TextIO | None:
+    """Keep a second run out of ``output``: ranks may outlive a launcher that was killed."""
+    output.mkdir(parents=True, exist_ok=True)
+    file = (output / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise CheckpointError(f"{output}: another run is writing here; end its processes first, or choose another output") from None
+    except OSError as error:  # a file system without locks
+        say(f"{output} cannot be locked ({error.strerror}): make sure that no other run writes here")
+    return file
+
+
+def _check_agreement(ranks: Ranks, cfg: RunConfig, ds_config: dict, batches: FaceLoader) -> None:
+    """Nodes may hold stale copies of a file. Raises RankError. Collectives: one gather."""
+    mine = {"recipe": cfg.mathematics(), "deepspeed": ds_config, "data set": batches.fingerprint["set"]}
+    views = ranks.gather({name: json.dumps(value, sort_keys=True) for name, value in mine.items()})
+    for name in mine:
+        strangers = [rank for rank, view in enumerate(views) if view[name] != views[0][name]]
+        if strangers:
+            raise RankError(f"the {name} of ranks {strangers} is not that of rank 0: make the files equal on all nodes")
 
 
 def _read_checkpoint(cfg: RunConfig, checkpoints: Checkpoints, newest: Path | None) -> Saved | None:

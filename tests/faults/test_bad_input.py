@@ -9,7 +9,8 @@ import yaml
 
 from data_pipeline.shard_set import open_set
 from tests.launch import errors, launch
-from tests.training import ROOT, losses, packed_faces, write_recipe
+from tests.ranks import run_ranks
+from tests.training import ROOT, losses, packed_faces, train_on_rank, write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -80,24 +81,33 @@ def test_more_ranks_than_batches_is_refused_with_the_numbers(recipe):
 
 
 def test_a_label_outside_the_classes_stops_every_rank_and_loses_no_checkpoint(shards, recipe, tmp_path):
-    """The label of a record that one rank reads is overwritten after the first checkpoints were made."""
-    assert launch(recipe, "stages.1.steps=2", ranks=2).returncode == 0
-    before = losses(tmp_path / "run")
+    """A killed run meets damaged labels when it goes on, and goes on once more when they are mended."""
+    checkpoints = tmp_path / "run" / "checkpoints"
+    with pytest.raises(AssertionError):
+        run_ranks(2, train_on_rank, recipe, "zero1_fp32.json", (), (0, 5))
+    assert (checkpoints / "latest").read_text() == "step_00000004\n"
     faces = open_set(shards)
-    shard = faces.shards[0]
-    content = bytearray(shard.read_bytes())
-    record = 12  # any record of the first shard: label after magic, length and flag
-    offset = int(faces.offsets[record])
-    original = bytes(content)
+    sound = faces.shards[0].read_bytes()
+    damaged = bytearray(sound)
+    for offset in map(int, faces.offsets[:8]):  # of the first shard; both ranks' shares of an epoch come from here
+        damaged[offset + 12 : offset + 16] = struct.pack("<f", 77.0)  # the label stands after magic, length and flag
     try:
-        content[offset + 12 : offset + 16] = struct.pack("<f", 77.0)
-        shard.write_bytes(content)
-        result = launch(recipe, f"output={tmp_path / 'second'}", ranks=2)
+        faces.shards[0].write_bytes(damaged)
+        result = launch(recipe, ranks=2)
     finally:
-        shard.write_bytes(original)
+        faces.shards[0].write_bytes(sound)
     assert result.returncode != 0
     assert "label 77, expected a whole number in [0, 12)" in errors(result)[0]
-    assert losses(tmp_path / "run") == before
+    assert (checkpoints / "latest").read_text() >= "step_00000004\n"
+    assert launch(recipe, ranks=2).returncode == 0
+    assert len(losses(tmp_path / "run")) == 8
+
+
+def test_a_pairs_file_that_is_not_there_is_an_error_before_training(recipe, tmp_path):
+    result = launch(recipe, f"eval.images={tmp_path}", f"eval.pairs={tmp_path / 'pears.txt'}")
+    assert result.returncode == 2
+    assert "pears.txt" in errors(result)[0]
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_a_set_of_another_class_count_than_the_checkpoint_is_refused(recipe, tmp_path):

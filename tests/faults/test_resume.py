@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.ranks import run_ranks
 from tests.training import final_state, losses, packed_faces, train_on_rank, write_recipe
@@ -62,6 +63,19 @@ def check_resume(ds_config, kill, shards, finished, tmp_path):
         assert not different, f"rank {rank}"
 
 
+def test_a_log_window_that_the_kill_cut_in_two_is_logged_whole(shards, tmp_path):
+    """Checkpoint at step 6, log lines at 5 and 8."""
+    outputs = [tmp_path / "whole", tmp_path / "killed"]
+    recipes = [write_recipe(tmp_path / f"{out.name}.yaml", shards, out, metrics={"port": 0, "log_every": 5}) for out in outputs]
+    run_ranks(2, train_on_rank, recipes[0], "zero1_fp32.json")
+    with pytest.raises(AssertionError):
+        run_ranks(2, train_on_rank, recipes[1], "zero1_fp32.json", (), (0, 7))
+    run_ranks(2, train_on_rank, recipes[1], "zero1_fp32.json")
+    whole, killed = map(losses, outputs)
+    assert list(whole) == [5, 8]
+    assert killed == whole
+
+
 def copy_of(finished, tmp_path, ds_config="zero1_fp32.json"):
     output = tmp_path / "run"
     shutil.copytree(finished(ds_config), output)
@@ -91,6 +105,14 @@ def test_a_changed_bit_is_found_and_the_checkpoint_before_is_used(shards, finish
     recipe = write_recipe(tmp_path / "recipe.yaml", shards, output)
     assert run_ranks(2, resumed_from, recipe, "zero1_fp32.json", ()) == ["step_00000006"] * 2
     assert losses(output) == losses(finished("zero1_fp32.json"))
+
+
+def test_a_pointer_that_a_kill_left_behind_is_set_right(shards, finished, tmp_path):
+    output = copy_of(finished, tmp_path)
+    (output / "checkpoints/latest").write_text("step_00000006\n")
+    recipe = write_recipe(tmp_path / "recipe.yaml", shards, output)
+    assert run_ranks(2, resumed_from, recipe, "zero1_fp32.json", ()) == ["step_00000008"] * 2
+    assert (output / "checkpoints/latest").read_text() == "step_00000008\n"
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_stops_instead_of_starting_again(shards, finished, tmp_path):
@@ -135,3 +157,32 @@ def test_only_the_last_checkpoints_are_kept_and_the_pointer_names_the_newest(sha
     manifest = json.loads((output / "checkpoints/step_00000008/manifest.json").read_text())
     assert {"backbone.safetensors", "rank_00000.pt", "rank_00001.pt"} <= manifest["files"].keys()
     assert manifest["run"]["stage"] == "stable"
+
+
+def train_with_another_recipe_on_rank_1(group, recipe):
+    overrides = ["optimizer.lr=0.5"] if dist.get_rank(group) == 1 else []
+    with pytest.raises(RankError, match=r"the recipe of ranks \[1\] is not that of rank 0"):
+        train_on_rank(group, recipe, "zero1_fp32.json", overrides)
+
+
+def test_ranks_that_read_different_recipes_are_stopped_before_training(shards, tmp_path):
+    run_ranks(2, train_with_another_recipe_on_rank_1, write_recipe(tmp_path / "recipe.yaml", shards, tmp_path / "run"))
+
+
+def train_with_centers_that_are_not_finite(group, recipe):
+    from train import run as run_module
+
+    run_module._MAX_SKIPPED_IN_A_ROW = 3
+    initial = run_module.PartialFC.__init__
+
+    def spoilt(self, *args, **kwargs):
+        initial(self, *args, **kwargs)
+        self.weight.fill_(float("nan"))
+
+    run_module.PartialFC.__init__ = spoilt
+    with pytest.raises(RankError, match="steps 1 to 3 were all skipped"):
+        train_on_rank(group, recipe, "zero1_fp32.json")
+
+
+def test_a_run_that_skips_every_step_stops_and_names_the_steps(shards, tmp_path):
+    run_ranks(2, train_with_centers_that_are_not_finite, write_recipe(tmp_path / "recipe.yaml", shards, tmp_path / "run"))

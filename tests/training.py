@@ -70,11 +70,11 @@ def train_on_rank(group, recipe: Path, ds_config: str, overrides=(), kill=None) 
     of its n-th save of this process, when the shards are written and the manifest is not.
     """
     from train import checkpoint
+    from train.build import build_run
     from train.config import load_run_config
     from train.dist import Ranks
     from train.ds_config import load_ds_config
     from train.loop import train
-    from train.run import build_run
 
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     ranks = Ranks(rank, rank, world_size, world_size, torch.device("cpu"), group)

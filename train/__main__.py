@@ -59,9 +59,9 @@ def main() -> None:
 
 
 def _train(cfg, ds_config, summary, ranks) -> None:
+    from train.build import build_run
     from train.loop import train
     from train.report import write_summary
-    from train.run import build_run
 
     run = build_run(cfg, ds_config, summary, ranks)
     train(run)

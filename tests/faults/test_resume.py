@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from model.partial_fc import PartialFC
 from tests.ranks import run_ranks
 from tests.training import final_state, losses, packed_faces, train_on_rank, write_recipe
 from train.dist import RankError
@@ -84,11 +85,11 @@ def copy_of(finished, tmp_path, ds_config="zero1_fp32.json"):
 
 def resumed_from(group, recipe, ds_config, overrides):
     """(step of the checkpoint, what was said) or the error's text."""
-    from train import run as run_module
+    from train.checkpoint import Checkpoints
 
     steps = []
-    original = run_module.Checkpoints.read
-    run_module.Checkpoints.read = lambda self, folder: steps.append(folder.name) or original(self, folder)
+    original = Checkpoints.read
+    Checkpoints.read = lambda self, folder: steps.append(folder.name) or original(self, folder)
     try:
         train_on_rank(group, recipe, ds_config, overrides)
     except RankError as error:
@@ -173,13 +174,13 @@ def train_with_centers_that_are_not_finite(group, recipe):
     from train import run as run_module
 
     run_module._MAX_SKIPPED_IN_A_ROW = 3
-    initial = run_module.PartialFC.__init__
+    initial = PartialFC.__init__
 
     def spoilt(self, *args, **kwargs):
         initial(self, *args, **kwargs)
         self.weight.fill_(float("nan"))
 
-    run_module.PartialFC.__init__ = spoilt
+    PartialFC.__init__ = spoilt
     with pytest.raises(RankError, match="steps 1 to 3 were all skipped"):
         train_on_rank(group, recipe, "zero1_fp32.json")
 

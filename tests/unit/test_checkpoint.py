@@ -5,8 +5,8 @@ import json
 
 import pytest
 
+from train.build import _lock
 from train.checkpoint import CheckpointError, Checkpoints, Identity, _problem
-from train.run import _lock
 
 
 @pytest.fixture

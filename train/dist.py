@@ -41,9 +41,6 @@ class Ranks:
         """The GPU's index for DALI; None on a CPU."""
         return self.device.index if self.device.type == "cuda" else None
 
-    def barrier(self) -> None:
-        dist.barrier(group=self.group)
-
     def broadcast(self, value: object) -> object:
         """Rank 0's picklable ``value`` on every rank."""
         box = [value]

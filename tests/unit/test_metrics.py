@@ -6,6 +6,7 @@ import re
 import socket
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -240,3 +241,8 @@ def test_cuda_events_time_the_device():
     assert timer.window(steps=1) == {}
     window = timer.window(steps=1)
     assert 0.01 < window["forward"] <= window["total"]
+
+
+def test_the_readme_shows_the_table_as_it_is():
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    assert metrics_table() in readme

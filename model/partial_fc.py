@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.class_shard import ClassShard, initial_centers, sample_centers
+from model.collectives import Collectives
 from model.margin import MARGIN_GRADIENTS, MarginGradient, check_margin, margin_slope, unified_margin
 from model.optimizer import CentersOptimizerKind, build_centers_optimizer, coalesce_rows
 from model.prototypes import Expectation
@@ -93,11 +94,11 @@ class PartialFC:
         if device is None:
             nccl = group is not None and dist.get_backend(group) == "nccl"
             device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.get_default_device()
-        self._ranks = _Ranks(group)
+        self._ranks = Collectives(group)
         self.shard = ClassShard(num_classes, self._ranks.rank, self._ranks.world_size)
         self.margin, self.scale, self.margin_gradient = check_margin(margin), float(scale), margin_gradient
-        self.weight = initial_centers(self.shard, embedding_size, seed).to(device)  # [c, D] float32
-        self._optimizer = build_centers_optimizer(optimizer, self.weight, betas, eps)
+        self._weight = initial_centers(self.shard, embedding_size, seed).to(device)
+        self._optimizer = build_centers_optimizer(optimizer, self._weight, betas, eps)
         self._expectation = Expectation(len(self.shard), embedding_size, device)
         self._seed, self._draws = seed, 0
         self._pending: list[_Pending] = []
@@ -120,6 +121,15 @@ class PartialFC:
     def class_start(self) -> int:
         """The class of ``weight[0]``."""
         return self.shard.start
+
+    @property
+    def weight(self) -> Tensor:
+        """[c, D] float32: the class centers of this rank. Assigning copies into them, because the optimizer holds on to the tensor."""
+        return self._weight
+
+    @weight.setter
+    def weight(self, rows: Tensor) -> None:
+        self._weight.copy_(rows)
 
     @property
     def expectation(self) -> Tensor:
@@ -218,35 +228,6 @@ class _Pending:
     grad: Tensor  # [S, D] float32
     targets: Tensor  # [n] int64 local rows of the global micro-batch's samples that this rank owns
     samples: Tensor  # [n, D] float32 their unit embeddings
-
-
-class _Ranks:
-    """The collectives of the head over ``group``; plain copies for a single process."""
-
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self._group = group
-        self.rank = dist.get_rank(group) if group is not None else 0
-        self.world_size = dist.get_world_size(group) if group is not None else 1
-
-    def gather(self, x: Tensor) -> Tensor:
-        """[b, ...] -> [b * world_size, ...] in rank order."""
-        if self.world_size == 1:
-            return x
-        out = x.new_empty(x.shape[0] * self.world_size, *x.shape[1:])
-        dist.all_gather_single(out, x.contiguous(), group=self._group)
-        return out
-
-    def sum(self, x: Tensor) -> None:
-        if self.world_size > 1:
-            dist.all_reduce(x, group=self._group)
-
-    def scatter_sum(self, x: Tensor) -> Tensor:
-        """[b * world_size, D] -> this rank's [b, D] of the sum over ranks."""
-        if self.world_size == 1:
-            return x
-        out = x.new_empty(x.shape[0] // self.world_size, *x.shape[1:])
-        dist.reduce_scatter_single(out, x, group=self._group)
-        return out
 
 
 class _ShardedMarginSoftmax(torch.autograd.Function):

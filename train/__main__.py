@@ -66,6 +66,8 @@ def _train(cfg, ds_config, summary, ranks) -> None:
     run = build_run(cfg, ds_config, summary, ranks)
     train(run)
     if ranks.is_first:  # the others wait at the end of the process group
+        if cfg.eval:
+            run.say(f"verifying the pairs of {cfg.eval.pairs}")
         write_summary(run, _evaluate(cfg) if cfg.eval else None)
     run.close()
 

@@ -53,7 +53,14 @@ TABLE = (
     MetricSpec("lvface_head_gradient_norm", "gauge", "1", "L2 norm of the class centers' gradient over all shards", "head_gradient_norm"),
     MetricSpec("lvface_loss_scale", "gauge", "1", "Factor on the loss under fp16; 1 in other precisions", "loss_scale"),
     MetricSpec("lvface_images_per_second", "gauge", "images/s", "Throughput of all ranks in the last log window", "images_per_second"),
-    MetricSpec("lvface_step_seconds", "gauge", "seconds", "Mean time per step in a log window, by phase", "step_seconds", ("phase",)),
+    MetricSpec(
+        "lvface_step_seconds",
+        "gauge",
+        "seconds",
+        "Mean time per step in a log window by phase; total is the whole",
+        "step_seconds",
+        ("phase",),
+    ),
     MetricSpec("lvface_eta_seconds", "gauge", "seconds", "Time to the end of the run at the present throughput", "eta_seconds"),
     MetricSpec("lvface_build_info", "gauge", "1", "Always 1; what this process runs", "", ("world_size", "zero_stage", "precision")),
 )

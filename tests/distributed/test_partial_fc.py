@@ -191,3 +191,11 @@ def test_the_draw_is_uniform_changes_each_step_and_continues_after_a_resume():
         assert counts.float().mean() == pytest.approx(10, abs=0.2)
         assert counts.max() <= 27
         assert counts.min() >= 1
+
+
+def test_centers_that_are_assigned_are_the_ones_that_the_optimizer_moves():
+    head = PartialFC(8, 5, margin=(1.0, 0.0, 0.2), scale=16.0)
+    head.weight = torch.eye(5, 8)
+    head(torch.randn(4, 8, requires_grad=True), torch.tensor([0, 1, 2, 3])).backward()
+    head.step(lr=0.1, weight_decay=0.0)
+    assert 0 < float((head.weight - torch.eye(5, 8)).abs().max()) <= 0.1 + 1e-6

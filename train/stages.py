@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,13 +68,18 @@ class StageManager:
 
 @dataclass
 class StageLosses:
-    """The loss where each stage starts and ends: means over its first and last ``window`` steps. Kept on the device until asked for."""
+    """The loss where each stage starts and ends: means over its first and last ``window`` steps, in a short stage over its halves.
+
+    Losses stay on the device until asked for.
+    """
 
     window: int = 10
+    count: dict[str, int] = field(default_factory=dict)  # steps of each stage so far
     first: dict[str, list[Tensor]] = field(default_factory=dict)
     last: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def record(self, stage: str, loss: Tensor) -> None:
+        self.count[stage] = self.count.get(stage, 0) + 1
         first, last = self.first.setdefault(stage, []), self.last.setdefault(stage, [])
         if len(first) < self.window:
             first.append(loss)
@@ -82,14 +88,16 @@ class StageLosses:
 
     def summary(self) -> dict[str, tuple[float, float]]:
         """(loss at the start, loss at the end) of every stage that has begun."""
-        return {stage: (_mean(self.first[stage]), _mean(self.last[stage])) for stage in self.first}
+        steps = {stage: min(self.window, max(1, count // 2)) for stage, count in self.count.items()}
+        return {stage: (_mean(self.first[stage][:n]), _mean(self.last[stage][-n:])) for stage, n in steps.items()}
 
-    def state(self) -> dict[str, dict[str, list[float]]]:
-        return {
-            name: {stage: [float(loss) for loss in losses] for stage, losses in getattr(self, name).items()} for name in ("first", "last")
-        }
+    def state(self) -> dict[str, Any]:
+        """JSON values."""
+        as_floats = {name: {stage: list(map(float, losses)) for stage, losses in getattr(self, name).items()} for name in ("first", "last")}
+        return {"count": dict(self.count), **as_floats}
 
-    def load_state(self, state: dict[str, dict[str, list[float]]]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.count = dict(state["count"])
         for name in ("first", "last"):
             setattr(self, name, {stage: [torch.tensor(loss) for loss in losses] for stage, losses in state[name].items()})
 

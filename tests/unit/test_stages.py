@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -42,7 +44,9 @@ def test_stage_losses_are_means_of_the_first_and_last_steps_and_survive_a_checkp
     for value in (5.0, 3.0, 2.0, 1.0):
         losses.record("early", torch.tensor(value))
     resumed = StageLosses(window=2)
-    resumed.load_state(losses.state())
+    resumed.load_state(json.loads(json.dumps(losses.state())))
     resumed.record("early", torch.tensor(0.0))
-    resumed.record("stable", torch.tensor(7.0))
-    assert resumed.summary() == {"early": (4.0, 0.5), "stable": (7.0, 7.0)}
+    for value in (9.0, 8.0, 7.0):
+        resumed.record("stable", torch.tensor(value))
+    assert resumed.summary() == {"early": (4.0, 0.5), "stable": (9.0, 7.0)}
+    assert losses.summary() == {"early": (4.0, 1.5)}

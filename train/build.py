@@ -44,8 +44,7 @@ def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks:
         ranks.together(lambda: find_pairs(cfg.eval.images, cfg.eval.pairs) if ranks.is_first else None)
     numerics = {key: ds_config[key] for key in _NUMERIC_SECTIONS if key in ds_config}
     identity = Identity(ranks.world_size, summary.zero_stage, summary.precision, cfg.mathematics(), numerics)
-    backbone_metadata = {"preset": cfg.model.name, "embedding_size": str(cfg.model.embedding_size)}
-    checkpoints = Checkpoints(cfg.output / "checkpoints", ranks, identity, cfg.checkpoint.keep_last, backbone_metadata)
+    checkpoints = Checkpoints(cfg.output / "checkpoints", ranks, identity, cfg.checkpoint.keep_last, cfg.model.name)
     newest = checkpoints.newest(say)
     saved = ranks.together(lambda: _read_checkpoint(cfg, checkpoints, newest))
     if saved:

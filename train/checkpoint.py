@@ -61,9 +61,9 @@ class Identity:
 class Checkpoints:
     """The ``checkpoints`` folder of one run."""
 
-    def __init__(self, folder: Path, ranks: Ranks, identity: Identity, keep_last: int, backbone: dict[str, str]) -> None:
-        """``backbone``: the metadata of backbone.safetensors, enough to build the network again."""
-        self.folder, self._ranks, self._identity, self._keep_last, self._backbone = folder, ranks, identity, keep_last, backbone
+    def __init__(self, folder: Path, ranks: Ranks, identity: Identity, keep_last: int, preset: str) -> None:
+        """``preset``: name of the backbone in model.vit, for the metadata of backbone.safetensors."""
+        self.folder, self._ranks, self._identity, self._keep_last, self._preset = folder, ranks, identity, keep_last, preset
 
     def save(self, step: int, engine, rank_state: dict[str, Any], run_state: dict[str, Any]) -> Path:
         """Commit a checkpoint of ``step`` completed optimizer steps and delete those beyond keep_last.
@@ -86,7 +86,7 @@ class Checkpoints:
         self._ranks.together(lambda: torch.save(everything, partial / f"rank_{self._ranks.rank:05d}.pt"))
         weights = full_backbone_weights(engine, self._ranks.group)
         if self._ranks.is_first:
-            save_file(weights, partial / "backbone.safetensors", metadata=self._backbone)
+            save_file(weights, partial / "backbone.safetensors", metadata={"preset": self._preset})
         manifest = {"format": _FORMAT, "step": step, "identity": vars(self._identity), "run": run_state}
         self._ranks.together(lambda: self._commit(partial, final, manifest) if self._ranks.is_first else None)
         return final

@@ -57,6 +57,8 @@ def check_resume(ds_config, kill, shards, finished, tmp_path):
     assert run_ranks(2, train_on_rank, recipe, ds_config) == [8, 8]
     assert losses(output) == losses(expected)
     assert not list(output.glob("checkpoints/*.partial"))
+    backbone = "checkpoints/step_00000008/backbone.safetensors"
+    assert (output / backbone).read_bytes() == (expected / backbone).read_bytes()
     for rank in range(2):
         mine, theirs = final_state(output, rank), final_state(expected, rank)
         assert mine.keys() == theirs.keys()

@@ -56,7 +56,7 @@ def test_differences_name_the_nested_key_and_both_values():
 
 
 def test_pruning_keeps_good_checkpoints_and_leaves_later_ones_that_were_passed_over(tmp_path):
-    checkpoints = Checkpoints(tmp_path, ranks=None, identity=None, keep_last=2, backbone={})
+    checkpoints = Checkpoints(tmp_path, ranks=None, identity=None, keep_last=2, preset="vit_t")
     for name in ("step_00000001", "step_00000002", "step_00000009", "step_00000003.partial"):
         (tmp_path / name).mkdir()
     checkpoints._commit(tmp_path / "step_00000003.partial", tmp_path / "step_00000003", {"format": 1, "step": 3})

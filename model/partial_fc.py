@@ -183,7 +183,7 @@ class PartialFC:
             rows = torch.empty(0, dtype=torch.int64, device=self.weight.device)
             return rows, self.weight.new_empty(0, self.weight.shape[1])
         rows, grad = coalesce_rows([(p.rows, p.grad) for p in self._pending])
-        return rows, grad / len(self._pending)
+        return rows, grad if len(self._pending) == 1 else grad / len(self._pending)
 
     def gradient_norm(self) -> Tensor:
         """L2 norm of the pending gradient over all ranks, scalar float64. Collectives: one all-reduce of a float64."""
@@ -306,16 +306,18 @@ class _ChunkedPass:
         chunk_rows = min(_CHUNK_ROWS, gathered.shape[0])
         self._buffers = [gathered.new_empty(chunk_rows, anchor.unit.shape[0]) for anchor in anchors]
         self.target_cosine = gathered.new_zeros((), dtype=torch.float64)  # mean over the batch of cos(f, w_y)
-        self.grad_samples = torch.zeros_like(gathered)  # [B, D] with respect to the unit embeddings, from this rank's centers
-        self.grad_centers = torch.zeros_like(anchors[0].unit)  # [S, D] of the mean loss
+        if with_gradients:
+            self.grad_samples = torch.zeros_like(gathered)  # [B, D] with respect to the unit embeddings, from this rank's centers
+            self.grad_centers = torch.zeros_like(anchors[0].unit)  # [S, D] of the mean loss
 
     def run(self) -> Tensor:
         """The mean loss; the other results are attributes."""
         loss = self._x.new_zeros((), dtype=torch.float64)
         for start in range(0, self._x.shape[0], _CHUNK_ROWS):
             loss += self._chunk(slice(start, min(start + _CHUNK_ROWS, self._x.shape[0])))
-        learned = self._anchors[0]
-        self.grad_centers = _normalize_backward(self.grad_centers, learned.unit, learned.norm)
+        if self._with_gradients:
+            learned = self._anchors[0]
+            self.grad_centers = _normalize_backward(self.grad_centers, learned.unit, learned.norm)
         self.target_cosine /= self._x.shape[0]
         return (loss / self._x.shape[0]).float()
 

@@ -2,10 +2,11 @@
 
 import os
 
-os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import deepspeed
-import torch._inductor.compile_fx  # noqa: F401 - deepspeed.initialize imports it lazily, and every rank would pay
+import torch
+import torch._inductor.compile_fx
 
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # no JIT build of the shared-memory collective
+from train.dist import import_deepspeed
+
+import_deepspeed(torch.device("cpu"))

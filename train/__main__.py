@@ -67,7 +67,7 @@ def _train(cfg, ds_config, summary, ranks) -> None:
     train(run)
     if ranks.is_first:  # the others wait at the end of the process group
         if cfg.eval:
-            run.say(f"verifying the pairs of {cfg.eval.pairs}")
+            ranks.say(f"verifying the pairs of {cfg.eval.pairs}")
         write_summary(run, _evaluate(cfg) if cfg.eval else None)
     run.close()
 

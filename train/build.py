@@ -35,20 +35,16 @@ def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks:
     Raises RankError on every rank if anything given is wrong on any. Collectives: those of the engine's start and of the checkpoint's load.
     """
 
-    def say(text: str) -> None:
-        if ranks.is_first:
-            print(text, flush=True)
-
-    lock = ranks.together(lambda: _lock(cfg.output, say) if ranks.is_first else None)
+    lock = ranks.together(lambda: _lock(cfg.output, ranks.say) if ranks.is_first else None)
     if cfg.eval:
         ranks.together(lambda: find_pairs(cfg.eval.images, cfg.eval.pairs) if ranks.is_first else None)
     numerics = {key: ds_config[key] for key in _NUMERIC_SECTIONS if key in ds_config}
     identity = Identity(ranks.world_size, summary.zero_stage, summary.precision, cfg.mathematics(), numerics)
     checkpoints = Checkpoints(cfg.output / "checkpoints", ranks, identity, cfg.checkpoint.keep_last, cfg.model.name)
-    newest = checkpoints.newest(say)
+    newest = checkpoints.newest()
     saved = ranks.together(lambda: _read_checkpoint(cfg, checkpoints, newest))
     if saved:
-        say(f"resuming from {newest}: step {saved.step}, stage {saved.run_state['stage']}")
+        ranks.say(f"resuming from {newest}: step {saved.step}, stage {saved.run_state['stage']}")
     batches = ranks.together(lambda: _open_data(cfg, ranks, saved))
     _check_agreement(ranks, cfg, ds_config, batches)
     stages, warmup_steps = ranks.together(lambda: _plan_stages(cfg, batches))
@@ -106,7 +102,7 @@ def _lock(output: Path, say: Callable[[str], None]) -> TextIO | None:
 
 def _check_agreement(ranks: Ranks, cfg: RunConfig, ds_config: dict, batches: FaceLoader) -> None:
     """Nodes may hold stale copies of a file. Raises RankError. Collectives: one gather."""
-    mine = {"recipe": cfg.mathematics(), "deepspeed": ds_config, "data set": batches.fingerprint["set"]}
+    mine = {"recipe": cfg.recipe_hash(), "deepspeed": ds_config, "data set": batches.fingerprint["set"]}
     views = ranks.gather({name: json.dumps(value, sort_keys=True) for name, value in mine.items()})
     for name in mine:
         strangers = [rank for rank, view in enumerate(views) if view[name] != views[0][name]]

@@ -19,7 +19,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +72,7 @@ class Checkpoints:
             run_state: JSON values that are equal on all ranks; rank 0's are kept.
 
         Raises RankError on every rank if a file cannot be written. Collectives: DeepSpeed's save, the gather of the backbone, four gathers
-        of small objects or barriers.
+        of a line of text.
         """
         name = f"step_{step:08d}"
         final, partial = self.folder / name, self.folder / f"{name}.partial"
@@ -85,8 +84,8 @@ class Checkpoints:
         everything = {**rank_state, "buffers": buffers, "rng": _random_state(self._ranks.device)}
         self._ranks.together(lambda: torch.save(everything, partial / f"rank_{self._ranks.rank:05d}.pt"))
         weights = full_backbone_weights(engine, self._ranks.group)
-        if self._ranks.is_first:
-            save_file(weights, partial / "backbone.safetensors", metadata={"preset": self._preset})
+        backbone = partial / "backbone.safetensors"
+        self._ranks.together(lambda: save_file(weights, backbone, metadata={"preset": self._preset}) if self._ranks.is_first else None)
         manifest = {"format": _FORMAT, "step": step, "identity": vars(self._identity), "run": run_state}
         self._ranks.together(lambda: self._commit(partial, final, manifest) if self._ranks.is_first else None)
         return final
@@ -105,17 +104,17 @@ class Checkpoints:
     def _point_to(self, name: str) -> None:
         replace_file(self.folder / "latest", name + "\n")
 
-    def newest(self, say: Callable[[str], None]) -> Path | None:
+    def newest(self) -> Path | None:
         """The newest complete checkpoint, every file checked against the manifest; None if the run has none at all.
 
-        Those passed over are reported through ``say`` with the reason. Raises RankError if there are checkpoints but none is complete.
+        Those passed over are named with the reason. Raises RankError if there are checkpoints but none is complete.
         Collectives: rank 0 reads, one gather and one broadcast.
         """
-        name = self._ranks.together(lambda: self._find_newest(say) if self._ranks.is_first else None)
+        name = self._ranks.together(lambda: self._find_newest() if self._ranks.is_first else None)
         name = self._ranks.broadcast(name)
         return self.folder / name if name else None
 
-    def _find_newest(self, say: Callable[[str], None]) -> str | None:
+    def _find_newest(self) -> str | None:
         for stale in [*self.folder.glob("step_*.partial"), *self.folder.glob("step_*.deleted")]:
             shutil.rmtree(stale, ignore_errors=True)
         names = self._names()
@@ -124,7 +123,7 @@ class Checkpoints:
             if problem is None:
                 self._point_to(name)  # a kill between a commit and its pointer leaves the old one
                 return name
-            say(f"passing over checkpoint {self.folder / name}: {problem}")
+            self._ranks.say(f"passing over checkpoint {self.folder / name}: {problem}")
         if names:
             raise CheckpointError(
                 f"{self.folder}: no checkpoint here is complete ({len(names)} passed over, reasons above); "

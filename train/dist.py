@@ -41,6 +41,11 @@ class Ranks:
         """The GPU's index for DALI; None on a CPU."""
         return self.device.index if self.device.type == "cuda" else None
 
+    def say(self, text: str) -> None:
+        """Print on rank 0."""
+        if self.is_first:
+            print(text, flush=True)
+
     def broadcast(self, value: object) -> object:
         """Rank 0's picklable ``value`` on every rank."""
         box = [value]

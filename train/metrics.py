@@ -10,6 +10,7 @@ import errno
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -198,11 +199,12 @@ def _serve(registry: CollectorRegistry, host: str, wanted: int) -> tuple[Any, An
 def _open_for_append(path: Path) -> Any:
     """Open for appending; a line torn by a killed run is closed first, so that the next one stays readable."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-    file = path.open("a", encoding="utf-8")
-    if torn:
-        file.write("\n")
-    return file
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")  # in append mode it goes to the end
+    return path.open("a", encoding="utf-8")
 
 
 def _finite(value: Any) -> Any:

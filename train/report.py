@@ -18,21 +18,20 @@ def announce(run: Run, ds_config: dict, summary: DeepSpeedSummary) -> None:
     """Write both resolved configs beside the checkpoints and print what is about to run. Collectives: a gather of the metrics ports."""
     cfg, ranks, batches = run.cfg, run.ranks, run.batches
     if ranks.is_first:
-        cfg.output.mkdir(parents=True, exist_ok=True)
         (cfg.output / "recipe.yaml").write_text(cfg.to_yaml())
         (cfg.output / "ds_config.json").write_text(json.dumps(ds_config, indent=1) + "\n")
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in run.engine.module.parameters())
     ports = ranks.gather(run.metrics.port)
-    run.say(
+    ranks.say(
         f"{cfg.model.name} ({parameters / 1e6:.2f} M parameters), ZeRO {summary.zero_stage}, {summary.precision}, "
         f"{ranks.world_size} ranks on {ranks.device.type}"
     )
-    run.say(
+    ranks.say(
         f"{batches.num_images:,} images of {batches.num_classes:,} identities in {cfg.data.path}; global batch "
         f"{cfg.global_batch_size(ranks.world_size):,}; {run.stages.total_steps:,} steps, {batches.steps_per_epoch:,} micro-batches an epoch"
     )
     if run.metrics.port:
-        run.say("metrics at " + ", ".join(f"http://{cfg.metrics.host}:{port}/metrics" for port in ports))
+        ranks.say("metrics at " + ", ".join(f"http://{cfg.metrics.host}:{port}/metrics" for port in ports))
 
 
 def stage_line(stage: Stage) -> str:

@@ -85,11 +85,6 @@ class Run:
         """Passes over the training images so far."""
         return self.step * self.cfg.batch.grad_accum_steps / self.batches.steps_per_epoch
 
-    def say(self, text: str) -> None:
-        """Print on rank 0."""
-        if self.ranks.is_first:
-            print(text, flush=True)
-
     def learning_rate(self) -> float:
         """Of the step that is about to be taken."""
         schedule = self.cfg.schedule
@@ -107,7 +102,7 @@ class Run:
         """Switch the head if the coming step begins a stage (or the process)."""
         stage = self.stages.enter(self.step, self.head)
         if stage is not None:
-            self.say(stage_line(stage))
+            self.ranks.say(stage_line(stage))
 
     def measure_head_gradient(self) -> None:
         """On steps that will be logged: the norm of the centers' gradient. Collectives: one all-reduce."""
@@ -158,7 +153,7 @@ class Run:
             eta_seconds=(self.stages.total_steps - self.step) * seconds / window.steps,
         )
         self.metrics.record_step(record)
-        self.say(progress_line(record, self.stages.total_steps))
+        self.ranks.say(progress_line(record, self.stages.total_steps))
         self.window = _Window()
 
     def checkpoint_due(self) -> bool:
@@ -177,7 +172,7 @@ class Run:
             "trained": {"images": self.images_trained, "seconds": self.seconds_trained},
         }
         self.last_checkpoint = self.checkpoints.save(self.step, self.engine, rank_state, run_state)
-        self.say(f"checkpoint {self.last_checkpoint}")
+        self.ranks.say(f"checkpoint {self.last_checkpoint}")
         self.window.start += time.monotonic() - begin  # throughput is of training; saving is not counted
 
     def resume(self, saved: Saved) -> None:

@@ -199,3 +199,13 @@ def test_centers_that_are_assigned_are_the_ones_that_the_optimizer_moves():
     head(torch.randn(4, 8, requires_grad=True), torch.tensor([0, 1, 2, 3])).backward()
     head.step(lr=0.1, weight_decay=0.0)
     assert 0 < float((head.weight - torch.eye(5, 8)).abs().max()) <= 0.1 + 1e-6
+
+
+def test_without_gradients_the_loss_is_that_of_the_next_training_call_and_nothing_is_left_behind():
+    head = PartialFC(8, 50, 0.3, (1.0, 0.0, 0.2), 16.0, seed=2)
+    embeddings, labels = torch.randn(4, 8, requires_grad=True), torch.tensor([0, 7, 7, 49])
+    with torch.no_grad():
+        expected = head(embeddings, labels)
+    assert not expected.requires_grad
+    assert head.pending_gradient()[0].numel() == 0
+    assert torch.equal(head(embeddings, labels).detach(), expected)

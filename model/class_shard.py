@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,24 +54,41 @@ def initial_centers(shard: ClassShard, embedding_size: int, seed: int, std: floa
     return weight.mul_(std)
 
 
-def sample_centers(shard: ClassShard, positives: Tensor, sample_rate: float, seed: int, step: int) -> Tensor:
-    """The centers that this rank scores at ``step``: every positive plus a uniform draw of its other classes.
+def sample_centers(shard: ClassShard, labels: Tensor, sample_rate: float, seed: int, step: int) -> Tensor:
+    """This rank's part of the classes that all ranks together score at ``step``: every positive and a uniform draw of the others.
 
-    Partial FC, arXiv:2203.15565, Sec. 3; ``|S_rank| = max(int(sample_rate * len(shard)), number of positives)``. Each class gets a
-    pseudo-random key from (seed, step, class) and the rank keeps the classes with the greatest keys, so the draw needs no generator
-    state: it is the same after a resume, and a class's key is the same at any world size.
+    Partial FC, arXiv:2203.15565, Sec. 3. ``|S| = max(int(sample_rate * C), number of positives)`` over all ranks. Each class gets a
+    pseudo-random key from (seed, step, class), and the negatives are those with the smallest keys, so S needs no generator state and
+    does not depend on the world size, nor on a resume. A rank's share varies by chance: at 64 ranks of 32,187 classes and rate 0.3 its
+    standard deviation is 0.9 %. (Counting per rank instead would make S change with the world size.)
 
     Args:
-        positives: [P] int64 local rows that must be kept, in any order, duplicates allowed.
+        labels: [B] int64 global classes of the global micro-batch, in any order, duplicates allowed; the same on every rank.
         step: how many draws went before this one.
-    Returns: [S] int64 sorted local rows, on the device of ``positives``.
+    Returns: [S] int64 sorted local rows, on the device of ``labels``. Reads two numbers from the device.
     """
-    kept = positives.unique()
-    count = max(int(sample_rate * len(shard)), kept.numel())
-    classes = torch.arange(shard.start, shard.stop, device=positives.device)
-    keys = (_class_hash(classes, _mix(seed, step)) << 31) | classes  # the class breaks ties
-    keys[kept] = torch.iinfo(torch.int64).max
-    return keys.topk(count, sorted=False).indices.sort().values
+    positive = torch.zeros(shard.num_classes, dtype=torch.bool, device=labels.device)
+    positive[labels] = True
+    scored = positive[shard.start : shard.stop]
+    num_negatives = int(sample_rate * shard.num_classes) - int(positive.sum())
+    if num_negatives > 0:
+        keys = _class_keys(shard.num_classes, _mix(seed, step), labels.device)
+        keys[labels] = torch.iinfo(keys.dtype).max
+        scored |= keys[shard.start : shard.stop] <= _kth_smallest(keys, num_negatives)
+    return true_rows(scored)
+
+
+def true_rows(mask: Tensor) -> Tensor:
+    """[n] int64 places where ``mask`` [c] bool is true, in order. On a GPU it waits for the device."""
+    if mask.device.type == "cpu":  # numpy's is vectorised: 1.1 ms for 2 M, where torch's takes 8 ms
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.nonzero().squeeze(1)
+
+
+def _kth_smallest(keys: Tensor, k: int) -> Tensor | int:
+    if keys.device.type == "cpu":  # numpy's is vectorised: 1.6 ms for 2 M, where torch's takes 22 ms
+        return int(np.partition(keys.numpy(), k - 1)[k - 1])
+    return keys.kthvalue(k).values
 
 
 def _mix(*numbers: int) -> int:
@@ -79,14 +97,24 @@ def _mix(*numbers: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def _class_hash(classes: Tensor, salt: int) -> Tensor:
-    """A 32-bit hash of each class under a 63-bit salt, as int64 in [0, 2**32): multiply-xorshift rounds over both halves of the salt."""
-    mask = 0xFFFFFFFF
-    x = classes.clone()
-    for half in (salt & mask, salt >> 32):
-        x = (x ^ half) & mask
-        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-            x ^= x >> shift
-            x = (x * factor) & mask  # int64 products wrap; their low 32 bits are right
-        x ^= x >> 16
-    return x
+def _class_keys(num_classes: int, salt: int, device: torch.device) -> Tensor:
+    """[C] int32: a hash of each class under a 63-bit salt. Its xors, multiplications and folds can all be undone, so keys differ."""
+    keys = torch.arange(num_classes, dtype=torch.int32, device=device)
+    shifted = torch.empty_like(keys)
+
+    def fold(shift: int) -> None:
+        torch.bitwise_right_shift(keys, shift, out=shifted)
+        keys.bitwise_xor_(shifted.bitwise_and_(0xFFFFFFFF >> shift))  # the mask undoes the copies of the sign
+
+    for half in (salt & 0xFFFFFFFF, salt >> 32):
+        keys.bitwise_xor_(_signed(half))
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):  # "lowbias32" of C. Wellons' hash-prospector
+            fold(shift)
+            keys.mul_(_signed(factor))
+        fold(16)
+    return keys
+
+
+def _signed(bits: int) -> int:
+    """The int32 that has these 32 bits."""
+    return bits - (1 << 32) if bits >= 1 << 31 else bits

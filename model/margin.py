@@ -47,6 +47,27 @@ def margin_slope(cosine: Tensor, margin: tuple[float, float, float], gradient: M
     return torch.where(angle <= math.pi, slope, 1.0)
 
 
+def curricular_negatives(cosine: Tensor, target: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Negatives of CurricularFace (arXiv:2004.00288, Eq. 5 and 6): hard ones, ``cos_j > target``, become ``cos_j (t + cos_j)``.
+
+    Args:
+        cosine: [n, S] of the negatives.
+        target: [n, 1] target cosine under the margin.
+        t: scalar, from :func:`curricular_t`.
+    Returns: (modulated cosine, its derivative in ``cosine``: ``t + 2 cos_j`` where hard, else 1), both [n, S]. No gradient reaches ``t``.
+    """
+    hard = cosine > target
+    return torch.where(hard, cosine * (t + cosine), cosine), torch.where(hard, t + 2.0 * cosine, 1.0)
+
+
+def curricular_t(t: Tensor, mean_target_cosine: Tensor) -> Tensor:
+    """The next t (arXiv:2004.00288, Eq. 7): ``0.01 mean(cos_y) + 0.99 t`` over the global batch, before its loss; t_0 = 0.
+
+    A mean that is not finite (the step will be skipped) leaves t alone: an average would never recover from it.
+    """
+    return torch.where(mean_target_cosine.isfinite(), torch.lerp(t, mean_target_cosine.to(t.dtype), 0.01), t)
+
+
 def check_margin(margin: tuple[float, float, float]) -> tuple[float, float, float]:
     """Return ``margin`` as three floats; ValueError unless m1 >= 1, 0 <= m2 < pi and m3 >= 0."""
     m1, m2, m3 = (float(m) for m in margin)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+RowGradient = tuple[Tensor | None, Tensor]
 CentersOptimizerKind = Literal["row_sparse", "dense"]
-_ROWS_AT_ONCE = 4096  # keeps the temporaries of a step within the cache, and small beside the moments
+_ROWS_AT_ONCE = {"cpu": 512, "cuda": 16384}  # on a CPU a block of weight, moments and gradient stays in cache; a GPU wants few launches
 
 
 class CentersOptimizer(Protocol):
     """What the head needs of an optimizer of its centers."""
 
-    def step(self, rows: Tensor, grad: Tensor, *, lr: float, weight_decay: float) -> None:
-        """Apply ``grad`` [S, D] float32 to the distinct local ``rows`` [S] int64 of the weight."""
+    def step(self, rows: Tensor | None, grad: Tensor, *, lr: float, weight_decay: float) -> None:
+        """Apply ``grad`` [S, D] float32 to the distinct local ``rows`` [S] int64 of the weight; None: every row, in order."""
 
     def state(self) -> dict[str, Tensor]:
         """Tensors with one row a class, for a checkpoint; not copies."""
@@ -39,18 +42,27 @@ class RowSparseAdamW:
         self._steps = torch.zeros(weight.shape[0], dtype=torch.int32, device=weight.device)
 
     @torch.no_grad()
-    def step(self, rows: Tensor, grad: Tensor, *, lr: float, weight_decay: float) -> None:
+    def step(self, rows: Tensor | None, grad: Tensor, *, lr: float, weight_decay: float) -> None:
         beta1, beta2 = self._betas
-        self._steps[rows] += 1
-        for chunk, g in zip(rows.split(_ROWS_AT_ONCE), grad.split(_ROWS_AT_ONCE), strict=True):
-            steps = self._steps[chunk].double().unsqueeze(1)
-            step_size = (lr / (1.0 - beta1**steps)).float()
-            correction2 = (1.0 - beta2**steps).sqrt().float()
-            mean = self._exp_avg[chunk].lerp_(g, 1.0 - beta1)
-            square = self._exp_avg_sq[chunk].mul_(beta2).addcmul_(g, g, value=1.0 - beta2)
-            self._exp_avg[chunk], self._exp_avg_sq[chunk] = mean, square
-            denominator = square.sqrt_().div_(correction2).add_(self._eps)
-            self._weight[chunk] = self._weight[chunk].mul_(1.0 - lr * weight_decay).sub_(mean.mul_(step_size).div_(denominator))
+        if rows is None:
+            self._steps += 1
+            steps = self._steps
+        else:
+            self._steps.index_add_(0, rows, torch.ones_like(rows, dtype=torch.int32))
+            steps = self._steps[rows]
+        steps = steps.double().unsqueeze(1)
+        # lr / c1 * mean / (sqrt(square) / c2 + eps), with both sides of the fraction multiplied by c2: one factor and one addend a row.
+        correction2 = (1.0 - beta2**steps).sqrt()
+        step_size = (lr * correction2 / (1.0 - beta1**steps)).float()
+        eps = (self._eps * correction2).float()
+        at_once = _ROWS_AT_ONCE[grad.device.type]
+        for start in range(0, grad.shape[0], at_once):
+            part = slice(start, start + at_once)
+            with _rows_of((self._exp_avg, self._exp_avg_sq, self._weight), rows, part) as (mean, square, weight):
+                mean.lerp_(grad[part], 1.0 - beta1)
+                square.mul_(beta2).addcmul_(grad[part], grad[part], value=1.0 - beta2)
+                update = mean.mul(step_size[part]).div_(square.sqrt().add_(eps[part]))
+                weight.mul_(1.0 - lr * weight_decay).sub_(update)
 
     def state(self) -> dict[str, Tensor]:
         return {"exp_avg": self._exp_avg, "exp_avg_sq": self._exp_avg_sq, "steps": self._steps}
@@ -79,9 +91,9 @@ class DenseAdamW:
         }
 
     @torch.no_grad()
-    def step(self, rows: Tensor, grad: Tensor, *, lr: float, weight_decay: float) -> None:
+    def step(self, rows: Tensor | None, grad: Tensor, *, lr: float, weight_decay: float) -> None:
         self._adamw.param_groups[0].update(lr=lr, weight_decay=weight_decay)
-        self._parameter.grad = torch.zeros_like(self._weight).index_copy_(0, rows, grad)
+        self._parameter.grad = grad if rows is None else torch.zeros_like(self._weight).index_copy_(0, rows, grad)
         self._adamw.step()
         self._parameter.grad = None
 
@@ -107,10 +119,28 @@ def build_centers_optimizer(kind: CentersOptimizerKind, weight: Tensor, betas: t
     raise ValueError(f"optimizer must be row_sparse or dense, got {kind!r}")
 
 
-def coalesce_rows(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Sum row-sparse matrices: ``[(rows [S_i], values [S_i, D]), ...]`` -> (sorted distinct rows [S], summed values [S, D])."""
-    if len(parts) == 1:
-        return parts[0]
-    rows, inverse = torch.cat([rows for rows, _ in parts]).unique(return_inverse=True)
-    values = torch.cat([values for _, values in parts])
-    return rows, values.new_zeros(rows.numel(), values.shape[1]).index_add_(0, inverse, values)
+def add_rows(total: RowGradient, more: RowGradient) -> RowGradient:
+    """Sum of two row-sparse matrices (sorted distinct rows [S] int64, or None for all; values [S, D]). ``total`` may be changed."""
+    if total[0] is None and more[0] is None:
+        return None, total[1].add_(more[1])
+    if total[0] is None:
+        return None, total[1].index_add_(0, *more)
+    if more[0] is None:
+        return add_rows(more, total)
+    rows, inverse = torch.cat([total[0], more[0]]).unique(return_inverse=True)
+    values = total[1].new_zeros(rows.numel(), total[1].shape[1])
+    for place, (_, part) in zip(inverse.split([total[0].numel(), more[0].numel()]), (total, more), strict=True):
+        values.index_add_(0, place, part)
+    return rows, values
+
+
+@contextmanager
+def _rows_of(tensors: Sequence[Tensor], rows: Tensor | None, part: slice) -> Iterator[list[Tensor]]:
+    """Rows ``rows[part]`` of each [c, D] tensor, to be changed in place: views where rows is None, else copies that are written back."""
+    if rows is None:
+        yield [tensor[part] for tensor in tensors]
+        return
+    copies = [tensor.index_select(0, rows[part]) for tensor in tensors]
+    yield copies
+    for tensor, copy in zip(tensors, copies, strict=True):
+        tensor.index_copy_(0, rows[part], copy)

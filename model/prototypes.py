@@ -26,10 +26,18 @@ class Expectation:
             targets: [n] int64 local rows, duplicates allowed.
             embeddings: [n, D] float32 unit rows.
         """
-        rows, inverse = targets.unique(return_inverse=True)
-        sums = embeddings.new_zeros(rows.numel(), embeddings.shape[1]).index_add_(0, inverse, embeddings)
-        mean = F.normalize(sums)
-        old = self.rows[rows]
-        keep = torch.sigmoid((old * mean).sum(1, keepdim=True)) * self.seen[rows].unsqueeze(1)  # a, and 0 for a class not seen yet
-        self.rows[rows] = F.normalize(keep * old + (1.0 - keep) * mean)
-        self.seen[rows] = True
+        if not targets.numel():
+            return
+        order = targets.argsort(stable=True)
+        row = targets[order]
+        starts = torch.ones_like(row, dtype=torch.bool)
+        starts[1:] = row[1:] != row[:-1]
+        segment = starts.cumsum(0) - 1
+        # [n] samples of each class, zero beyond the last: the number of classes stays on the device.
+        lengths = torch.zeros_like(row).scatter_add_(0, segment, torch.ones_like(row))
+        sums = torch.segment_reduce(embeddings[order], "sum", lengths=lengths, unsafe=True)  # unsafe: does not read the lengths
+        mean = F.normalize(sums)[segment]  # one row a sample: samples of one class write the same new row
+        old = self.rows[row]
+        keep = torch.sigmoid((old * mean).sum(1, keepdim=True)) * self.seen[row].unsqueeze(1)  # a, and 0 for a class not seen yet
+        self.rows[row] = F.normalize(keep * old + (1.0 - keep) * mean)
+        self.seen[row] = True

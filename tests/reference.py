@@ -19,36 +19,67 @@ class HeadReference:
     target_cosine: float
 
 
-def head_reference(embeddings, weight, labels, *, margin, scale, margin_gradient, scored=None, expectation=None, seen=None):
+def head_reference(
+    embeddings, weight, labels, *, margin, scale, margin_gradient, scored=None, centers="learned", expectation=None, seen=None, t=None
+):
     """Loss and gradients of one global micro-batch.
 
-    embeddings [B, D], weight [C, D], labels [B]; scored: set of classes in the softmax (None: all); expectation [C, D] and seen [C]
-    switch the second anchor on.
+    embeddings [B, D], weight [C, D], labels [B]; scored: classes in the softmax (None: all); centers: the mode; expectation [C, D] and
+    seen [C]: what every mode but ``learned`` needs; t: CurricularFace's state before this batch (None: negatives as they are).
     """
     f = embeddings.double().clone().requires_grad_()
     w = weight.double().clone().requires_grad_()
-    scored = sorted(set(range(len(w))) if scored is None else set(int(j) for j in scored))
-    total, cosines = 0.0, []
+    in_softmax = torch.zeros(len(w), dtype=torch.bool)
+    in_softmax[torch.arange(len(w)) if scored is None else torch.as_tensor(scored)] = True
+    direction = f / f.norm(dim=1, keepdim=True)
+    cos_w = direction @ (w / w.norm(dim=1, keepdim=True)).T
+    cos_e = None if expectation is None else direction @ expectation.double().T
+    own_cosines = cos_w[torch.arange(len(labels)), labels].detach()
+    if centers == "replace":
+        own_cosines = cos_e[torch.arange(len(labels)), labels].detach()[seen[labels]]
+    if t is not None and len(own_cosines):
+        t = 0.01 * float(own_cosines.mean()) + 0.99 * t
+    losses = []
     for i, y in enumerate(labels.tolist()):
-        assert y in scored, "a positive is missing from the scored classes"
-        direction = f[i] / f[i].norm()
-        terms = []
-        anchors = [(w, [True] * len(w))]
-        if expectation is not None:
-            anchors.append((expectation.double(), seen.tolist()))
-        for rows, present in anchors:
-            if not present[y]:
-                continue
-            cos_y = (direction * rows[y]).sum() / rows[y].norm()
-            if rows is w:
-                cosines.append(cos_y.item())
-            z = scale * margin_reference(cos_y, margin, margin_gradient)
-            others = [scale * (direction * rows[j]).sum() / rows[j].norm() for j in scored if j != y and present[j]]
-            terms += [other - z for other in others]
-        total = total + torch.logsumexp(torch.stack([torch.zeros((), dtype=torch.float64), *terms]), 0)
-    loss = total / len(labels)
+        assert in_softmax[y], "a positive is missing from the scored classes"
+        negatives = in_softmax.clone()
+        negatives[y] = False
+
+        def ratio(negative_cosines, present, target):  # sum of exp(negative) / exp(target), as a logarithm
+            others = negative_cosines[present]
+            if t is not None:
+                hard = others > target.detach()
+                others = torch.where(hard, others * (t + others), others)
+            return torch.logsumexp(scale * others, 0) - scale * target
+
+        def with_margin(cosine):
+            return margin_reference(cosine, margin, margin_gradient)
+
+        zero = torch.zeros((), dtype=torch.float64)
+        a = ratio(cos_w[i], negatives, with_margin(cos_w[i, y]))
+        if centers == "learned" or (centers != "replace" and not seen[y]):
+            losses.append(torch.logaddexp(zero, a))
+        elif centers == "pco":
+            b = ratio(cos_e[i], negatives & seen, with_margin(cos_e[i, y]))
+            losses.append(torch.logsumexp(torch.stack([zero, a, b]), 0))
+        elif centers == "pco_shared":  # one set of hard negatives, against the target of w
+            b = a + scale * (with_margin(cos_w[i, y]) - with_margin(cos_e[i, y]))
+            losses.append(torch.logsumexp(torch.stack([zero, a, b]), 0))
+        elif centers == "epl":
+            target = cos_e[i, y] - 0.7 * cos_e[i, y].detach()
+            if t is None:
+                b = ratio(cos_e[i], negatives & seen, target)
+            else:  # what is hard is judged with the margin, in every mode
+                hard_at = with_margin(cos_e[i, y])
+                b = ratio(cos_e[i], negatives & seen, hard_at) + scale * (hard_at - target)
+            losses.append((torch.logaddexp(zero, a) + torch.logaddexp(zero, b)) / 2)
+        elif centers == "replace":
+            b = ratio(cos_e[i], negatives & seen, with_margin(cos_e[i, y]))
+            losses.append(torch.logaddexp(zero, b) if seen[y] else zero * direction[i].sum())
+    loss = torch.stack(losses).mean()
     loss.backward()
-    return HeadReference(loss.item(), f.grad, w.grad, sum(cosines) / len(cosines))
+    none = torch.zeros_like(w)
+    return HeadReference(loss.item(), f.grad, none if w.grad is None else w.grad, float(own_cosines.mean()))
 
 
 def margin_reference(cosine, margin, margin_gradient):

@@ -1,16 +1,23 @@
-"""The sharded head against float64 on 1, 2 and 3 ranks: loss, feature gradient, center gradient, expectation, row-sparse AdamW."""
+"""The sharded head against float64 on 1, 2, 3 and 64 ranks: loss, both gradients, expectation, row-sparse AdamW, the sampled classes."""
+
+import itertools
+import math
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.partial_fc import PartialFC
-from tests.ranks import run_ranks
+from model.class_shard import ClassShard, initial_centers
+from model.partial_fc import CENTERS, PartialFC
+from tests.ranks import run_ranks, run_thread_ranks
 from tests.reference import adamw_reference, expectation_reference, head_reference, relative_error
 
-D, BATCH = 24, 12
-EXACT = 5e-6  # relative norm; float32 keeps 6e-8 an operation and the scale multiplies the error of a cosine
-MARGINS = {"cosface": (1.0, 0.0, 0.4), "arcface": (1.0, 0.5, 0.0), "combined": (1.2, 0.3, 0.1)}
+D, BATCH, SEED = 24, 12, 7
+# Relative norm. float32 keeps 6e-8 an operation and the scale multiplies the error of a cosine; two anchors do so twice.
+EXACT, EXACT_TWO_ANCHORS = 5e-6, 2e-5
+MARGINS = {"sphereface": (1.35, 0.0, 0.0), "arcface": (1.0, 0.5, 0.0), "cosface": (1.0, 0.0, 0.4), "combined": (1.2, 0.3, 0.1)}
+RULES = ("exact", "straight_through")
 
 
 def global_batch(num_classes, step=0, batch=BATCH):
@@ -28,73 +35,109 @@ def gather_rows(group, rows):
 
 
 def my_share(group, tensor):
-    return tensor.chunk(dist.get_world_size(group))[dist.get_rank(group)].clone()
+    return (tensor if group is None else tensor.chunk(dist.get_world_size(group))[dist.get_rank(group)]).clone()
 
 
-def check_gradients(group, num_classes, settings):
-    """One training call on every rank against the reference on the global batch; the loss arrives scaled by 8 as under a loss scale."""
-    head = PartialFC(D, num_classes, seed=7, group=group, **settings)
-    weight = gather_rows(group, head.weight)
-    if head.centers == "pco":
-        own = torch.arange(len(head.shard))[::2]  # every second class of a rank was seen
-        head._expectation.update(own, torch.nn.functional.normalize(torch.randn(own.numel(), D)))
-    expectation, seen = gather_rows(group, head.expectation), gather_rows(group, head.expectation_seen)
-    embeddings, labels = global_batch(num_classes)
-    mine = my_share(group, embeddings).requires_grad_()
-    loss = head(mine, my_share(group, labels))
-    (loss * 8.0).backward()
-    rows, grad = head.pending_gradient()
-    local = torch.zeros_like(head.weight)
-    local[rows] = grad
-    scored = gather_rows(group, rows + head.class_start)
-    expected = head_reference(
-        embeddings,
-        weight,
-        labels,
-        margin=settings["margin"],
-        scale=settings["scale"],
-        margin_gradient=settings["margin_gradient"],
-        scored=scored.tolist(),
-        **({"expectation": expectation, "seen": seen} if head.centers == "pco" else {}),
-    )
-    world_size = dist.get_world_size(group)
-    assert relative_error(loss.detach(), expected.loss) < EXACT
-    assert relative_error(gather_rows(group, mine.grad), expected.embeddings_grad * world_size * 8.0) < EXACT
-    assert relative_error(gather_rows(group, local), expected.centers_grad) < EXACT
-    assert abs(float(head.target_cosine) - expected.target_cosine) < 1e-6
-    assert float(head.gradient_norm()) == pytest.approx(float(expected.centers_grad.norm()), rel=EXACT)
-    if settings["sample_rate"] < 1:
-        local_labels = head.shard.localize(labels).unique()
-        positives = int((local_labels >= 0).sum())
-        assert rows.numel() == max(int(settings["sample_rate"] * len(head.shard)), positives)
-    return float(loss)
+def settings(margins=MARGINS, rules=RULES, rates=(1.0, 0.4), centers=CENTERS, curricular=(False, True), scale=32.0):
+    """Every combination, as arguments of PartialFC."""
+    names = ("margin", "margin_gradient", "sample_rate", "centers", "curricular")
+    every = itertools.product([MARGINS[name] for name in margins], rules, rates, centers, curricular)
+    return [dict(zip(names, values, strict=True), scale=scale) for values in every]
+
+
+def expectations(num_classes):
+    """(e [C, D], seen [C]): every second class has one."""
+    seen = torch.arange(num_classes) % 2 == 0
+    directions = torch.nn.functional.normalize(torch.randn(num_classes, D, generator=torch.Generator().manual_seed(3)))
+    return directions * seen.unsqueeze(1), seen
+
+
+def call_heads(group, num_classes, every, batch):
+    """One head per entry of ``every`` on its share of ``batch``; the loss arrives scaled by 8 as under a loss scale.
+
+    Returns of each training call what this rank knows. CurricularFace gets two calls, because its t is 0 before the first.
+    """
+    calls = []
+    for arguments in every:
+        head = PartialFC(D, num_classes, seed=SEED, group=group, **arguments)
+        own = slice(head.class_start, head.class_start + len(head.shard))
+        if head.centers != "learned":
+            for mine, all_rows in zip((head.expectation, head.expectation_seen), expectations(num_classes), strict=True):
+                mine.copy_(all_rows[own])
+        for _ in range(2 if head.curricular else 1):
+            embeddings, labels = (my_share(group, part) for part in batch)
+            scored = head._choose(labels).rows
+            loss = head(embeddings.requires_grad_(), labels)
+            (loss * 8.0).backward()
+            rows, grad = head.pending_gradient()
+            agreed = (float(loss.detach()), float(head.target_cosine.nan_to_num()), float(head.gradient_norm()))
+            scored = torch.arange(len(head.shard)) if scored is None else scored
+            centers_grad = torch.zeros_like(head.weight).index_copy_(0, rows, grad)
+            calls.append((agreed, scored + head.class_start, embeddings.grad, centers_grad))
+            head.discard()
+    return calls
+
+
+def check(num_classes, every, batch, ranks):
+    """Compare the results of ``call_heads`` on all ``ranks`` with the reference on the global batch."""
+    calls = iter(list(zip(*ranks, strict=True)))
+    weight = initial_centers(ClassShard(num_classes, 0, 1), D, SEED)
+    expectation, seen = expectations(num_classes)
+    for arguments in every:
+        t = 0.0
+        for call in range(2 if arguments["curricular"] else 1):
+            agreed, scored, embeddings_grad, centers_grad = zip(*next(calls), strict=True)
+            assert len(set(agreed)) == 1, "loss, target cosine and gradient norm must be equal on every rank"
+            loss, target_cosine, norm = agreed[0]
+            scored = torch.cat(scored)
+            if arguments["sample_rate"] < 1:
+                assert len(scored) == max(int(arguments["sample_rate"] * num_classes), len(batch[1].unique()))
+            expected = head_reference(
+                *(batch[0], weight, batch[1]),
+                **{name: arguments[name] for name in ("margin", "scale", "margin_gradient", "centers")},
+                **{"scored": scored, "expectation": expectation, "seen": seen},
+                t=t if arguments["curricular"] else None,
+            )
+            exact = EXACT if arguments["centers"] in ("learned", "replace") else EXACT_TWO_ANCHORS
+            where = f"{arguments}, call {call}"
+            assert relative_error(loss, expected.loss) < exact, where
+            assert relative_error(torch.cat(embeddings_grad), expected.embeddings_grad * len(ranks) * 8.0) < exact, where
+            assert relative_error(torch.cat(centers_grad), expected.centers_grad) < exact, where
+            assert norm == pytest.approx(float(expected.centers_grad.norm()), rel=exact), where
+            if not math.isnan(expected.target_cosine):
+                assert target_cosine == pytest.approx(expected.target_cosine, abs=1e-6), where
+                t = 0.99 * t + 0.01 * expected.target_cosine
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("num_classes", [42, 41, 2], ids=["even", "uneven", "fewer-classes-than-ranks"])
 def test_sharded_loss_and_gradients_match_the_float64_reference(world_size, num_classes):
-    settings = [
-        dict(margin=margin, scale=32.0, margin_gradient=gradient, sample_rate=rate, centers=centers)
-        for margin in MARGINS.values()
-        for gradient in ("exact", "straight_through")
-        for rate in (1.0, 0.4)
-        for centers in ("learned", "pco")
-    ]
-    losses = run_ranks(world_size, check_all, num_classes, settings)
-    assert all(per_rank == losses[0] for per_rank in losses), "the loss must be equal on every rank"
+    every, batch = settings(), global_batch(num_classes)
+    check(num_classes, every, batch, run_ranks(world_size, call_heads, num_classes, every, batch))
 
 
-def check_all(group, num_classes, settings):
-    return [check_gradients(group, num_classes, one) for one in settings]
+@pytest.mark.parametrize("scale", [64.0, 88.0, 128.0])
+@pytest.mark.parametrize("num_classes", [41, 2])
+def test_large_scales_neither_overflow_nor_lose_precision(scale, num_classes):
+    """From 88 - ln C on logits are shifted by their maximum. With two classes a sample's only negative may have any cosine."""
+    every, batch = settings(margins=("arcface", "cosface"), rates=(1.0,), scale=scale), global_batch(num_classes)
+    check(num_classes, every, batch, run_ranks(2, call_heads, num_classes, every, batch))
 
 
-@pytest.mark.parametrize("scale", [64.0, 128.0])
-def test_large_scales_neither_overflow_nor_lose_precision(scale):
-    settings = [
-        dict(margin=(1.0, 0.5, 0.0), scale=scale, margin_gradient="exact", sample_rate=1.0, centers=centers)
-        for centers in ("learned", "pco")
-    ]
-    run_ranks(2, check_all, 41, settings)
+def crowded_batch(num_classes, batch):
+    """Every positive on rank 5 of 64, with duplicates."""
+    shard = ClassShard(num_classes, 5, 64)
+    return global_batch(num_classes, batch=batch)[0], shard.start + torch.arange(batch) % len(shard)
+
+
+@pytest.mark.parametrize(("num_classes", "positives"), [(64 * 10 + 3, "on-one-rank"), (50, "everywhere-and-empty-shards")])
+def test_64_ranks_match_the_float64_reference(num_classes, positives):
+    batch = crowded_batch(num_classes, 128) if positives == "on-one-rank" else global_batch(num_classes, batch=128)
+    plain, hard = (False,), (True,)
+    every = settings(("arcface",), ("exact",), (0.3,), CENTERS, plain) + settings(("combined",), RULES, (1.0,), ("pco",), plain)
+    every += settings(("cosface",), ("exact",), (0.3,), ("learned", "pco"), hard, scale=64.0)
+    every += settings(("sphereface",), ("straight_through",), (0.3,), ("learned", "pco"), plain, scale=128.0)
+    check(num_classes, every, batch, run_thread_ranks(64, call_heads, num_classes, every, batch))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -112,8 +155,10 @@ def check_steps(group, num_classes):
         weight, touched, grads, samples = gather_rows(group, head.weight), set(), torch.zeros(num_classes, D, dtype=torch.float64), []
         for micro in range(2):
             embeddings, labels = global_batch(num_classes, step=2 * step + micro)
-            head(my_share(group, embeddings).requires_grad_(), my_share(group, labels)).backward()
-            scored = gather_rows(group, head._pending[-1].rows + head.class_start)
+            mine = my_share(group, labels)
+            rows = head._choose(mine).rows
+            head(my_share(group, embeddings).requires_grad_(), mine).backward()
+            scored = gather_rows(group, rows + head.class_start)
             expected = head_reference(
                 embeddings, weight, labels, margin=(1.0, 0.0, 0.4), scale=16.0, margin_gradient="exact", scored=scored.tolist()
             )
@@ -164,33 +209,42 @@ def test_a_label_outside_the_classes_is_named_on_every_rank():
     run_ranks(2, check_bad_label)
 
 
-def sampled_rows(group, num_classes, draws):
+def sampled_classes(group, num_classes, draws):
+    """Of each draw, and of one more by a head that resumed after them."""
     head = PartialFC(8, num_classes, 0.25, group=group, seed=5)
-    picked = []
-    for _ in range(draws):
-        head(torch.randn(1, 8, requires_grad=True), torch.tensor([0])).backward()
-        picked.append((head.pending_gradient()[0] + head.class_start).tolist())
-        head.step(0.0, 0.0)
+    embeddings, labels = torch.ones(12 // dist.get_world_size(group), 8), my_share(group, torch.arange(12) % 4 * 7)
+
+    def draw(which):
+        which(embeddings.clone().requires_grad_(), labels).backward()
+        rows = which.pending_gradient()[0]
+        which.step(0.0, 0.0)
+        return (rows + which.class_start).tolist()
+
+    picked = [draw(head) for _ in range(draws)]
     state = {name: tensor.clone() for name, tensor in head.state().items()}
     resumed = PartialFC(8, num_classes, 0.25, group=group, seed=5)
     resumed.load_state(state)
-    for which in (head, resumed):
-        which(torch.randn(1, 8, requires_grad=True), torch.tensor([0])).backward()
-    assert torch.equal(head.pending_gradient()[0], resumed.pending_gradient()[0]), "a resumed head must draw what the first would"
+    picked.append(draw(head))
+    assert draw(resumed) == picked[-1], "a resumed head must draw what the first would"
     return picked
 
 
-def test_the_draw_is_uniform_changes_each_step_and_continues_after_a_resume():
-    picked = run_ranks(2, sampled_rows, 400, 40)
-    for rank, draws in enumerate(picked):
-        assert all(len(draw) == 50 for draw in draws)
-        assert draws[0] != draws[1]
-        picks = torch.tensor(draws).flatten() - 200 * rank
-        counts = torch.bincount(picks, minlength=200)[1 if rank == 0 else 0 :]  # class 0 is the positive
-        # 40 draws at rate 1/4: mean 10, standard deviation 2.7; 6 of them would show a class that is favoured
-        assert counts.float().mean() == pytest.approx(10, abs=0.2)
-        assert counts.max() <= 27
-        assert counts.min() >= 1
+def test_the_sampled_classes_are_the_same_at_any_world_size_and_uniform():
+    by_world_size = [
+        [sorted(itertools.chain(*parts)) for parts in zip(*ranks, strict=True)]
+        for ranks in (run_ranks(world_size, sampled_classes, 401, 40) for world_size in (1, 2, 3))
+    ]
+    assert by_world_size[0] == by_world_size[1] == by_world_size[2]
+    draws = by_world_size[0]
+    assert all(len(draw) == len(set(draw)) == 100 for draw in draws)
+    assert all({0, 7, 14, 21} <= set(draw) for draw in draws)
+    assert draws[0] != draws[1]
+    counts = torch.bincount(torch.tensor(draws).flatten(), minlength=401)
+    negatives = torch.cat([counts[:22][torch.arange(22) % 7 != 0], counts[22:]]).double()
+    # 41 draws of 96 among 397: mean 9.9, standard deviation 2.7; 6 of them would show a class that is favoured
+    assert negatives.mean() == pytest.approx(41 * 96 / 397)
+    assert negatives.std() == pytest.approx(2.7, abs=0.4)
+    assert negatives.max() <= 26
 
 
 def test_centers_that_are_assigned_are_the_ones_that_the_optimizer_moves():
@@ -209,3 +263,89 @@ def test_without_gradients_the_loss_is_that_of_the_next_training_call_and_nothin
     assert not expected.requires_grad
     assert head.pending_gradient()[0].numel() == 0
     assert torch.equal(head(embeddings, labels).detach(), expected)
+
+
+@pytest.mark.parametrize("sample_rate", [0.3, 1.0])
+def test_preparing_a_batch_changes_no_number(sample_rate):
+    embeddings, labels = torch.randn(6, 8), torch.tensor([0, 7, 7, 49, 3, 12])
+    results = []
+    for prepare in (True, False):
+        head = PartialFC(8, 50, sample_rate, (1.0, 0.0, 0.2), 16.0, seed=2)
+        if prepare:
+            head.prepare(labels)
+            head.prepare(labels)
+        loss = head(x := embeddings.clone().requires_grad_(), labels)
+        loss.backward()
+        results.append((loss.detach(), x.grad, *head.pending_gradient()))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_labels_other_than_the_prepared_ones_are_chosen_for_anew():
+    head, labels = PartialFC(8, 50, 0.3, (1.0, 0.0, 0.2), 16.0), torch.tensor([0, 7])
+    head.prepare(labels)
+    head(torch.randn(2, 8, requires_grad=True), torch.tensor([30, 31])).backward()
+    assert {30, 31} <= set(head.pending_gradient()[0].tolist())
+
+
+@pytest.mark.parametrize("centers", CENTERS)
+@pytest.mark.parametrize("chunk_rows", [1, 5, 64])
+def test_chunks_of_any_size_give_the_same_result(centers, chunk_rows):
+    batch, every = global_batch(41), settings(("arcface",), ("exact",), (1.0,), (centers,))
+    ranks = [call_heads(None, 41, [dict(one, chunk_rows=chunk_rows) for one in every], batch)]
+    check(41, every, batch, ranks)
+
+
+@pytest.mark.parametrize("centers", ["learned", "pco"])
+def test_bfloat16_operands_cost_less_than_half_a_percent_of_the_gradient(centers):
+    """At the head's real embedding size and scale; the loss and the target's cosine come from float32."""
+    num_classes, size, generator = 600, 512, torch.Generator().manual_seed(0)
+    labels = torch.randint(0, num_classes, (64,), generator=generator)
+    head = PartialFC(size, num_classes, 1.0, (1.0, 0.0, 0.4), 64.0, product_dtype=torch.bfloat16)
+    # samples and expectations near their centers, as they are in training
+    directions = torch.nn.functional.normalize(head.weight)
+    head.expectation.copy_(torch.nn.functional.normalize(directions + 0.04 * torch.randn(num_classes, size, generator=generator)))
+    head.expectation_seen.fill_(True)
+    head.set_stage(1.0, centers, False)
+    embeddings = (directions[labels] + 0.06 * torch.randn(64, size, generator=generator)).requires_grad_()
+    loss = head(embeddings, labels)
+    loss.backward()
+    arguments = {"margin": (1.0, 0.0, 0.4), "scale": 64.0, "margin_gradient": "exact", "centers": centers}
+    arguments |= {"expectation": head.expectation, "seen": head.expectation_seen}
+    expected = head_reference(embeddings.detach(), head.weight, labels, **arguments)
+    assert relative_error(loss.detach(), expected.loss) < 1e-3
+    assert 1e-4 < relative_error(embeddings.grad, expected.embeddings_grad) < 5e-3
+    assert 1e-4 < relative_error(head.pending_gradient()[1], expected.centers_grad) < 5e-3
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of the largest tensor that an operation gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
+        return made
+
+
+@pytest.mark.parametrize("curricular", [False, True])
+@pytest.mark.parametrize("scale", [32.0, 128.0])
+@pytest.mark.parametrize("centers", CENTERS)
+def test_no_operation_makes_a_matrix_of_batch_by_classes(centers, scale, curricular):
+    """Forward, backward, AdamW and the expectation's update; the largest tensors are those of [C, D], [B, D] and one chunk."""
+    batch, num_classes, size, chunk_rows = 256, 4000, 16, 32
+    head = PartialFC(size, num_classes, 1.0, (1.0, 0.5, 0.0), scale, curricular=curricular, chunk_rows=chunk_rows)
+    head.set_stage(1.0, centers, update_expectation=True)
+    head.expectation_seen[:3000] = True
+    labels, embeddings = torch.arange(batch) * 7, torch.randn(batch, size, requires_grad=True)
+    with Allocations() as allocations:
+        head(embeddings, labels).backward()
+        head.step(1e-3, 0.1)
+        with torch.no_grad():
+            head(embeddings, labels)
+    chunk = chunk_rows * (3000 if centers == "replace" else num_classes) * 4
+    assert chunk <= allocations.largest < 2 * chunk < batch * num_classes * 4

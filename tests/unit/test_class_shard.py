@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from model.class_shard import ClassShard, initial_centers, sample_centers
+from model.class_shard import ClassShard, _class_keys, initial_centers, sample_centers
 
 
 @pytest.mark.parametrize(("num_classes", "world_size"), [(10, 1), (10, 3), (2, 3), (64, 64), (2_059_906, 64)])
@@ -30,17 +30,30 @@ def test_initial_centers_do_not_depend_on_the_world_size():
 
 
 def test_sampled_centers_always_include_positives_and_are_sorted_and_distinct():
-    shard = ClassShard(1000, 1, 2)
-    positives = torch.tensor([7, 7, 499, 0])
-    rows = sample_centers(shard, positives, 0.1, seed=0, step=5)
-    assert rows.numel() == 50
+    labels = torch.tensor([507, 507, 999, 500, 12])
+    shards = [ClassShard(1000, rank, 2) for rank in range(2)]
+    rows = [sample_centers(shard, labels, 0.1, seed=0, step=5) for shard in shards]
+    classes = torch.cat([part + shard.start for part, shard in zip(rows, shards, strict=True)])
+    assert classes.numel() == 100
+    assert set(labels.tolist()) <= set(classes.tolist())
+    assert torch.equal(classes, classes.unique())
+
+
+@pytest.mark.parametrize("num_positives", [19, 20, 21, 100])
+def test_all_positives_are_kept_when_they_outnumber_the_sample(num_positives):
+    positives = torch.arange(0, 200, 2)[:num_positives]
+    rows = sample_centers(ClassShard(200, 0, 1), positives, 0.1, seed=0, step=0)
+    assert len(rows) == max(20, num_positives)
     assert set(positives.tolist()) <= set(rows.tolist())
-    assert torch.equal(rows, rows.unique())
 
 
-def test_all_positives_are_kept_when_they_outnumber_the_sample():
-    positives = torch.arange(0, 200, 2)
-    assert torch.equal(sample_centers(ClassShard(200, 0, 1), positives, 0.1, seed=0, step=0), positives)
+@pytest.mark.parametrize("world_size", [2, 7, 64])
+@pytest.mark.parametrize("num_classes", [1000, 50])
+def test_the_sampled_classes_do_not_depend_on_the_world_size(num_classes, world_size):
+    labels = torch.tensor([3, 49, 3])
+    whole = sample_centers(ClassShard(num_classes, 0, 1), labels, 0.3, seed=1, step=2)
+    shards = [ClassShard(num_classes, rank, world_size) for rank in range(world_size)]
+    assert torch.equal(whole, torch.cat([sample_centers(shard, labels, 0.3, seed=1, step=2) + shard.start for shard in shards]))
 
 
 def test_the_draw_depends_on_seed_and_step_and_not_on_call_history():
@@ -50,6 +63,13 @@ def test_the_draw_depends_on_seed_and_step_and_not_on_call_history():
     for other in (sample_centers(shard, none, 0.3, seed=2, step=2), sample_centers(shard, none, 0.3, seed=1, step=3)):
         common = len(set(draw.tolist()) & set(other.tolist()))
         assert common == pytest.approx(0.3 * 1500, abs=60), "two draws must be independent"  # hypergeometric: standard deviation 18
+
+
+def test_class_keys_differ_and_fill_their_range_evenly():
+    keys = _class_keys(2_059_906, 2**62 + 12345, torch.device("cpu"))
+    assert keys.unique().numel() == 2_059_906
+    counts = torch.histc(keys.double(), 64, min=-(2.0**31), max=2.0**31)
+    assert counts.std() < 1.5 * counts.mean().sqrt()  # of independent draws: 1.0
 
 
 def test_an_empty_shard_samples_nothing():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from model.optimizer import DenseAdamW, RowSparseAdamW, build_centers_optimizer, coalesce_rows
+from model.optimizer import DenseAdamW, RowSparseAdamW, add_rows, build_centers_optimizer
 from tests.reference import adamw_reference, relative_error
 
 
@@ -59,9 +59,30 @@ def test_state_continues_bit_for_bit(kind, classes):
     assert torch.equal(weight, copy)
 
 
-def test_coalesce_sums_rows_that_occur_twice():
-    rows, values = coalesce_rows(
-        [(torch.tensor([1, 4]), torch.tensor([[1.0], [2.0]])), (torch.tensor([0, 4]), torch.tensor([[3.0], [5.0]]))]
-    )
-    assert rows.tolist() == [0, 1, 4]
-    assert values.squeeze(1).tolist() == [3.0, 1.0, 7.0]
+@pytest.mark.parametrize("kind", [RowSparseAdamW, DenseAdamW])
+def test_no_rows_named_means_every_row(kind):
+    weights = [torch.randn(1500, 16, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
+    named, unnamed = (kind(weight) for weight in weights)
+    for rows, grad in make_steps(3, classes=1500):
+        named.step(rows, grad, lr=1e-2, weight_decay=0.1)
+        unnamed.step(None, grad, lr=1e-2, weight_decay=0.1)
+    assert torch.equal(*weights)
+
+
+def sparse(rows, *values):
+    return None if rows is None else torch.tensor(rows), torch.tensor(values).unsqueeze(1)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "total"),
+    [
+        (sparse([1, 4], 1.0, 2.0), sparse([0, 4], 3.0, 5.0), sparse([0, 1, 4], 3.0, 1.0, 7.0)),
+        (sparse([1, 2], 1.0, 2.0), sparse(None, 1.0, 1.0, 1.0), sparse(None, 1.0, 2.0, 3.0)),
+        (sparse(None, 1.0, 1.0, 1.0), sparse([0], 1.0), sparse(None, 2.0, 1.0, 1.0)),
+        (sparse(None, 1.0, 2.0), sparse(None, 3.0, 4.0), sparse(None, 4.0, 6.0)),
+    ],
+)
+def test_gradients_add_up_row_by_row(one, other, total):
+    rows, values = add_rows(one, other)
+    assert rows is total[0] is None or torch.equal(rows, total[0])
+    assert torch.equal(values, total[1])

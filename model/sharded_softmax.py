@@ -1,0 +1,283 @@
+"""The kernel of the head: a margin softmax over sharded classes whose loss and gradients are finished in one walk over the batch.
+
+With B samples in the global micro-batch, S scored classes and the scale s, a loss has one term or two. Each scores its negatives against
+one anchor (the class centers w or the expectations e) and takes its target from one:
+
+    z_y = s (cos(m1 theta_y + m2) - m3)                        margin-adjusted target logit (model.margin)
+    a   = log sum_{j in S, j != y} exp(s cos_j) - z_y          log-ratio of negatives and target, one a term
+    L   = log(exp(0) + sum_terms exp(a))                       joint; or the mean over the terms of log(1 + exp(a))
+    p   = dL/da,   dL/d(s cos_j) = p exp(s cos_j) / sum,   dL/dz_y = -p
+
+Nothing of size [B, S] exists: chunks of rows share one [chunk, S] buffer. The expectations come first in it, because all that they leave
+is a [chunk, D] product; the exponentials of the class centers stay until the sums over ranks are known, which their gradient needs.
+
+The joint two-term loss: LVFace, arXiv:2501.13420. The sharding: Partial FC, arXiv:2203.15565.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from model.collectives import Collectives
+from model.kernels.exp_logits import exp_logits, write_own
+from model.kernels.products import Products
+from model.margin import MarginGradient, curricular_negatives, margin_slope, unified_margin
+
+AnchorName = Literal["expectation", "learned"]
+_EXP_LIMIT = 88.0  # exp of it is below the float32 maximum, exp(88.7)
+_BLOCK_ROWS = 1024  # of a normalisation's backward: its temporaries stay small and in cache
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """One set of directions that the samples are scored against."""
+
+    table: Tensor  # [c, D] float32: this rank's rows
+    rows: Tensor | None  # [S] int64 sorted rows of the table that are scored; None: all
+    columns: Tensor  # [B] int64 place of each sample's own class among them, -1 where this rank does not hold it
+    learned: bool  # a gradient reaches the rows, which are normalised here; else they are unit rows already
+    products: Products
+
+    @cached_property
+    def norm(self) -> Tensor:
+        """[S, 1] float32 norms of learned rows, at least 1e-12."""
+        return torch.linalg.vector_norm(self._scored, dim=1, keepdim=True).clamp_min_(1e-12)
+
+    @cached_property
+    def operand(self) -> Tensor:
+        """[S, D] unit rows, as an operand of products."""
+        return self.products.operand(self._scored / self.norm if self.learned else self._scored)
+
+    def unit(self, index: slice | Tensor) -> Tensor:
+        """[n, D] float32 unit rows of the scored places ``index``."""
+        if self.products.exact:
+            return self.operand[index]
+        rows = self.table[index] if self.rows is None else self.table[self.rows[index]]
+        return rows / self.norm[index] if self.learned else rows
+
+    @property
+    def num_rows(self) -> int:
+        """S."""
+        return len(self.table if self.rows is None else self.rows)
+
+    @property
+    def _scored(self) -> Tensor:
+        return self.table if self.rows is None else self.table.index_select(0, self.rows)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of the loss."""
+
+    negatives: AnchorName
+    target: AnchorName
+    detached: float = 0.0  # k > 0: the target logit is s (cos - k cos.detach()) and has no margin (EPL, arXiv:2405.12447)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the loss is."""
+
+    terms: tuple[Term, ...]
+    joint: bool  # one logarithm over all terms; else the mean of separate losses over the terms that a sample has
+    margin: tuple[float, float, float]
+    scale: float
+    margin_gradient: MarginGradient
+    curricular: bool  # hard negatives count for more (CurricularFace, arXiv:2004.00288)
+
+    def target(self, term: Term, cosine: Tensor) -> tuple[Tensor, Tensor]:
+        """(target cosine under the margin, its slope) of ``term``, both shaped as ``cosine``."""
+        if term.detached:
+            return (1.0 - term.detached) * cosine, torch.ones_like(cosine)
+        return unified_margin(cosine, self.margin), margin_slope(cosine, self.margin, self.margin_gradient)
+
+    def loss(self, log_ratio: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
+        """(L [n], dL/da [terms, n]) of the log-ratios a [terms, n]. ``held`` [terms, n] bool: whether a sample has the term."""
+        log_ratio = log_ratio.masked_fill(~held, -math.inf)
+        if self.joint:
+            loss = torch.logsumexp(torch.cat([torch.zeros_like(log_ratio[:1]), log_ratio]), 0)
+            return loss, torch.exp(log_ratio - loss)
+        share = 1.0 / held.sum(0).clamp(min=1)
+        return torch.logaddexp(log_ratio, torch.zeros_like(log_ratio)).sum(0) * share, torch.sigmoid(log_ratio) * share
+
+
+@dataclass(frozen=True)
+class TargetCosines:
+    """What all ranks together know of the samples and their own classes under one anchor."""
+
+    cosine: Tensor  # [B] float64, 0 where the class has no such anchor
+    held: Tensor  # [B] bool: the class has one
+
+    def mean(self) -> Tensor:
+        """Over the samples that have one, scalar float64; NaN if none has."""
+        return self.cosine.sum() / self.held.sum()
+
+
+@dataclass(frozen=True)
+class Walked:
+    """Results. The gradients are of the mean loss over the global micro-batch, and None where none were asked for."""
+
+    loss: Tensor  # scalar float32, equal on every rank
+    grad_samples: Tensor | None  # [B, D] float32 with respect to the unit samples, from this rank's classes alone
+    grad_centers: Tensor | None  # [S, D] float32 with respect to the unit rows of the scored class centers; None as well if w has none
+
+
+class ShardedSoftmax:
+    """One micro-batch against one set of anchors."""
+
+    def __init__(self, anchors: dict[AnchorName, Anchor], objective: Objective, num_classes: int, chunk_rows: int, ranks: Collectives):
+        """``num_classes``: C over all ranks; ``chunk_rows``: samples that share the buffer at a time."""
+        self._anchors, self._objective, self._chunk_rows, self._ranks = anchors, objective, chunk_rows, ranks
+        # |s cos| <= s, and CurricularFace at most doubles it: while s + ln C < 88, exponentials cannot overflow and need no maximum.
+        self._shifted = objective.scale * (1 + objective.curricular) + math.log(num_classes) > _EXP_LIMIT
+        self._negatives: list[AnchorName] = sorted({term.negatives for term in objective.terms})  # the learned one last
+        for name in self._negatives:
+            _ = anchors[name].operand  # normalise now: the samples may still be on their way
+
+    def target_cosines(self, samples: Tensor) -> dict[AnchorName, TargetCosines]:
+        """Of ``samples`` [B, D] float32 unit rows, equal on every rank. Collectives: one all-reduce of [anchors, 2, B] float32."""
+        own = samples.new_zeros(len(self._anchors), 2, samples.shape[0])
+        for (cosine, held), anchor in zip(own, self._anchors.values(), strict=True):
+            for rows in self._chunks(samples):
+                cosine[rows] = (samples[rows] * _own_rows(anchor, rows)).sum(1)
+            held.copy_(anchor.columns >= 0)
+        over_ranks = self._ranks.sum(own)().double()
+        return {name: TargetCosines(cosine, held > 0) for name, (cosine, held) in zip(self._anchors, over_ranks, strict=True)}
+
+    def walk(self, samples: Tensor, cosines: dict[AnchorName, TargetCosines], t: Tensor | None, gradients: bool) -> Walked:
+        """Loss and gradients, chunk by chunk.
+
+        Args:
+            samples, cosines: as of :meth:`target_cosines`.
+            t: of CurricularFace, scalar; None without it.
+            gradients: without them only the logits are multiplied out.
+        Collectives: per chunk one all-reduce of [anchors, rows] float32, while the next product runs; where logits must be shifted one
+            more of [rows] float32 per anchor.
+        """
+        objective, B = self._objective, samples.shape[0]
+        targets = [objective.target(term, cosines[term.target].cosine) for term in objective.terms]
+        target_logits = objective.scale * torch.stack([cosine for cosine, _ in targets])  # [terms, B]; vectors over samples are float64:
+        slopes = torch.stack([slope for _, slope in targets])  # they cost nothing, and the scale multiplies an error
+        held = torch.stack([cosines[term.target].held for term in objective.terms])
+        learned = self._anchors["learned"] if "learned" in self._negatives else None
+        buffer = self._allocate_buffer(samples)
+        grad_samples = torch.empty_like(samples) if gradients else None
+        grad_centers = torch.zeros_like(learned.norm.expand(-1, samples.shape[1])) if gradients and learned else None
+        loss = samples.new_zeros((), dtype=torch.float64)
+
+        for rows in self._chunks(samples):
+            x, pulls = samples[rows], []
+            sums, shifts = x.new_empty(2, len(self._negatives), x.shape[0])
+            for k, name in enumerate(self._negatives):
+                anchor = self._anchors[name]
+                exps = buffer(anchor, x.shape[0])
+                hardest = unified_margin(cosines[name].cosine[rows], objective.margin).float()
+                sums[k], shifts[k] = self._exponentials(anchor, rows, x, hardest, t, exps)
+                if k == len(self._negatives) - 1:
+                    summing = self._ranks.sum(sums)
+                if gradients:  # sum_j exp(s cos_j) u_j; the last one while the sums travel
+                    pulls.append(anchor.products.mm(exps, anchor.operand))
+            losses, factors, toward = self._slopes(summing().double(), shifts, target_logits[:, rows], slopes[:, rows], held[:, rows])
+            loss += losses.sum()
+            if not gradients:
+                continue
+            factors, toward = factors * (objective.scale / B), toward * (objective.scale / B)
+            grad_samples[rows] = sum(pull * factor.float().unsqueeze(1) for pull, factor in zip(pulls, factors, strict=True))
+            for term, dcos in zip(objective.terms, toward, strict=True):
+                grad_samples[rows].addcmul_(_own_rows(self._anchors[term.target], rows), dcos.float().unsqueeze(1))
+            if learned:
+                own = sum(dcos for term, dcos in zip(objective.terms, toward, strict=True) if term.target == "learned")
+                write_own(exps, learned.columns[rows], (own / factors[-1]).nan_to_num_(0.0))
+                learned.products.add_mm(grad_centers, exps.T, learned.products.operand(x * factors[-1].float().unsqueeze(1)))
+        return Walked((loss / B).float(), grad_samples, grad_centers)
+
+    def _exponentials(
+        self, anchor: Anchor, rows: slice, x: Tensor, hardest: Tensor, t: Tensor | None, exps: Tensor
+    ) -> tuple[Tensor, Tensor | float]:
+        """Write dexp/dcos_j / s of the negatives to ``exps`` [n, S], which is exp(s cos_j - shift) itself without CurricularFace, and 0 in
+        the own column; returns (row sums of exp(s cos_j - shift) [n], shift [n] or 0)."""
+        scale, columns, products = self._objective.scale, anchor.columns[rows], anchor.products
+        scaled = products.operand(x * scale)
+        if not self._shifted and t is None:
+            sums, shift = exp_logits(scaled, anchor.operand, columns, exps), 0.0
+        else:
+            logits = products.mm(scaled, anchor.operand.T, out=exps if exps.dtype == torch.float32 else None)
+            slope = None
+            if t is not None:
+                cosine, slope = curricular_negatives(logits / scale, hardest.unsqueeze(1), t)
+                torch.mul(cosine, scale, out=logits)
+            write_own(logits, columns, torch.full_like(hardest, -math.inf))
+            shift = 0.0
+            if self._shifted:
+                shift = logits.amax(1) if logits.shape[1] else torch.full_like(hardest, -math.inf)
+                shift = self._ranks.maximum(shift)().clamp_(min=torch.finfo(shift.dtype).min)
+                logits.sub_(shift.unsqueeze(1))
+            sums = logits.exp_().sum(1)
+            if slope is not None:
+                logits.mul_(slope)
+            if exps is not logits:
+                exps.copy_(logits)
+        if not products.exact and exps.dtype == torch.float32:
+            exps.copy_(products.operand(exps))
+        return sums, shift
+
+    def _slopes(self, sums: Tensor, shifts: Tensor, target_logits: Tensor, slopes: Tensor, held: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Vectors over the n samples of a chunk, from sums over all ranks: losses [n]; dL/d(s cos_j) / exps_j [anchors, n]; dL/d(s cos_y)
+        [terms, n]."""
+        place = [self._negatives.index(term.negatives) for term in self._objective.terms]
+        log_sums = sums.log() + shifts
+        log_ratio = torch.stack([log_sums[k] for k in place]) - target_logits
+        losses, p = self._objective.loss(log_ratio, held)
+        by_anchor = [sum(p[i] for i, k in enumerate(place) if k == anchor) for anchor in range(len(sums))]
+        factors = (torch.stack(by_anchor) / sums).masked_fill_(sums == 0.0, 0.0)
+        return losses, factors, -p * slopes
+
+    def _chunks(self, samples: Tensor) -> list[slice]:
+        return [slice(start, min(start + self._chunk_rows, len(samples))) for start in range(0, len(samples), self._chunk_rows)]
+
+    def _allocate_buffer(self, samples: Tensor) -> Callable[[Anchor, int], Tensor]:
+        """What gives an anchor its [n, S] matrix for a chunk: always the same memory."""
+        on_cpu = samples.device.type == "cpu"
+        # A GPU reads whole vectors where rows start at multiples of 16. On a CPU, MKL multiplies faster into rows of n than of S.
+        width = {name: self._anchors[name].num_rows if on_cpu else -(-self._anchors[name].num_rows // 16) * 16 for name in self._negatives}
+        dtype = self._anchors[self._negatives[0]].products.storage
+        memory = torch.empty(min(self._chunk_rows, len(samples)) * max(width.values()), dtype=dtype, device=samples.device)
+
+        def buffer(anchor: Anchor, n: int) -> Tensor:
+            if on_cpu:
+                return memory[: anchor.num_rows * n].view(anchor.num_rows, n).T
+            width = -(-anchor.num_rows // 16) * 16
+            return memory[: n * width].view(n, width)[:, : anchor.num_rows]
+
+        return buffer
+
+
+def normalize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit rows of x [n, D] and their norms [n, 1], at least 1e-12."""
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min_(1e-12)
+    return x / norm, norm
+
+
+def normalize_backward_(grad: Tensor, unit: Callable[[slice], Tensor], norm: Tensor) -> Tensor:
+    """Turn the gradient of unit rows [n, D] into that of the rows themselves, in place. ``unit``: gives a slice of the unit rows."""
+    for start in range(0, len(grad), _BLOCK_ROWS):
+        block = slice(start, start + _BLOCK_ROWS)
+        direction = unit(block)
+        along = torch.linalg.vecdot(grad[block], direction).unsqueeze(1)
+        grad[block].addcmul_(direction, along, value=-1.0).div_(norm[block])
+    return grad
+
+
+def _own_rows(anchor: Anchor, rows: slice) -> Tensor:
+    """[n, D] float32: the unit row of each sample's own class, 0 where this rank does not hold it."""
+    columns = anchor.columns[rows]
+    if not anchor.num_rows:
+        return anchor.table.new_zeros(len(columns), anchor.table.shape[1])
+    return anchor.unit(columns.clamp(min=0)).masked_fill_((columns < 0).unsqueeze(1), 0.0)

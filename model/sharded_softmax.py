@@ -45,15 +45,20 @@ class Anchor:
     learned: bool  # a gradient reaches the rows, which are normalised here; else they are unit rows already
     products: Products
 
-    @cached_property
-    def norm(self) -> Tensor:
-        """[S, 1] float32 norms of learned rows, at least 1e-12."""
-        return torch.linalg.vector_norm(self._scored, dim=1, keepdim=True).clamp_min_(1e-12)
+    @property
+    def num_rows(self) -> int:
+        """S."""
+        return len(self.table if self.rows is None else self.rows)
 
-    @cached_property
+    @property
     def operand(self) -> Tensor:
         """[S, D] unit rows, as an operand of products."""
-        return self.products.operand(self._scored / self.norm if self.learned else self._scored)
+        return self._unit_and_norm[0]
+
+    @property
+    def norm(self) -> Tensor:
+        """[S, 1] float32 norms of learned rows, at least 1e-12."""
+        return self._unit_and_norm[1]
 
     def unit(self, index: slice | Tensor) -> Tensor:
         """[n, D] float32 unit rows of the scored places ``index``."""
@@ -62,14 +67,14 @@ class Anchor:
         rows = self.table[index] if self.rows is None else self.table[self.rows[index]]
         return rows / self.norm[index] if self.learned else rows
 
-    @property
-    def num_rows(self) -> int:
-        """S."""
-        return len(self.table if self.rows is None else self.rows)
-
-    @property
-    def _scored(self) -> Tensor:
-        return self.table if self.rows is None else self.table.index_select(0, self.rows)
+    @cached_property
+    def _unit_and_norm(self) -> tuple[Tensor, Tensor | None]:
+        rows = self.table if self.rows is None else self.table.index_select(0, self.rows)
+        if not self.learned:
+            return self.products.operand(rows), None
+        norm = _norm(rows)
+        unit = rows / norm if rows is self.table else rows.div_(norm)  # a selection is a copy already
+        return self.products.operand(unit), norm
 
 
 @dataclass(frozen=True)
@@ -261,8 +266,12 @@ class ShardedSoftmax:
 
 def normalize(x: Tensor) -> tuple[Tensor, Tensor]:
     """Unit rows of x [n, D] and their norms [n, 1], at least 1e-12."""
-    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min_(1e-12)
+    norm = _norm(x)
     return x / norm, norm
+
+
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min_(1e-12)
 
 
 def normalize_backward_(grad: Tensor, unit: Callable[[slice], Tensor], norm: Tensor) -> Tensor:

@@ -166,100 +166,115 @@ class ShardedSoftmax:
         Collectives: per chunk one all-reduce of [anchors, rows] float32, while the next product runs; where logits must be shifted one
             more of [rows] float32 per anchor.
         """
-        objective, B = self._objective, samples.shape[0]
-        targets = [objective.target(term, cosines[term.target].cosine) for term in objective.terms]
-        target_logits = objective.scale * torch.stack([cosine for cosine, _ in targets])  # [terms, B]; vectors over samples are float64:
-        slopes = torch.stack([slope for _, slope in targets])  # they cost nothing, and the scale multiplies an error
-        held = torch.stack([cosines[term.target].held for term in objective.terms])
+        targets = self._targets(cosines)
         learned = self._anchors["learned"] if "learned" in self._negatives else None
         buffer = self._allocate_buffer(samples)
         grad_samples = torch.empty_like(samples) if gradients else None
-        grad_centers = torch.zeros_like(learned.norm.expand(-1, samples.shape[1])) if gradients and learned else None
+        grad_centers = samples.new_zeros(learned.num_rows, samples.shape[1]) if gradients and learned else None
         loss = samples.new_zeros((), dtype=torch.float64)
-
         for rows in self._chunks(samples):
-            x, pulls = samples[rows], []
+            x = samples[rows]
             sums, shifts = x.new_empty(2, len(self._negatives), x.shape[0])
+            pulls = []  # of each anchor, [n, D]: sum_j exp(s cos_j) u_j
             for k, name in enumerate(self._negatives):
                 anchor = self._anchors[name]
                 exps = buffer(anchor, x.shape[0])
-                hardest = unified_margin(cosines[name].cosine[rows], objective.margin).float()
-                sums[k], shifts[k] = self._exponentials(anchor, rows, x, hardest, t, exps)
+                sums[k], shifts[k] = self._exponentials(anchor, rows, x, cosines[name].cosine, t, exps)
                 if k == len(self._negatives) - 1:
-                    summing = self._ranks.sum(sums)
-                if gradients:  # sum_j exp(s cos_j) u_j; the last one while the sums travel
+                    summing = self._ranks.sum(sums)  # the next product does not need them
+                if gradients:
                     pulls.append(anchor.products.mm(exps, anchor.operand))
-            losses, factors, toward = self._slopes(summing().double(), shifts, target_logits[:, rows], slopes[:, rows], held[:, rows])
+            losses, factors, target_grads = self._combine(summing().double(), shifts, targets[:, :, rows], len(samples))
             loss += losses.sum()
             if not gradients:
                 continue
-            factors, toward = factors * (objective.scale / B), toward * (objective.scale / B)
             grad_samples[rows] = sum(pull * factor.float().unsqueeze(1) for pull, factor in zip(pulls, factors, strict=True))
-            for term, dcos in zip(objective.terms, toward, strict=True):
-                grad_samples[rows].addcmul_(_own_rows(self._anchors[term.target], rows), dcos.float().unsqueeze(1))
-            if learned:
-                own = sum(dcos for term, dcos in zip(objective.terms, toward, strict=True) if term.target == "learned")
+            for term, grad in zip(self._objective.terms, target_grads, strict=True):
+                grad_samples[rows].addcmul_(_own_rows(self._anchors[term.target], rows), grad.float().unsqueeze(1))
+            if learned:  # the last anchor: exps are its own
+                own = sum(grad for term, grad in zip(self._objective.terms, target_grads, strict=True) if term.target == "learned")
                 write_own(exps, learned.columns[rows], (own / factors[-1]).nan_to_num_(0.0))
                 learned.products.add_mm(grad_centers, exps.T, learned.products.operand(x * factors[-1].float().unsqueeze(1)))
-        return Walked((loss / B).float(), grad_samples, grad_centers)
+        return Walked((loss / len(samples)).float(), grad_samples, grad_centers)
+
+    def _targets(self, cosines: dict[AnchorName, TargetCosines]) -> Tensor:
+        """[3, terms, B]: margin-adjusted target logits; slopes of the margin; 1 where a sample has the term, else 0.
+
+        Vectors over samples are float64: they cost nothing, and the scale multiplies an error.
+        """
+        objective, rows = self._objective, []
+        for term in objective.terms:
+            cosine, slope = objective.target(term, cosines[term.target].cosine)
+            rows.append(torch.stack([objective.scale * cosine, slope, cosines[term.target].held]))
+        return torch.stack(rows, 1)
 
     def _exponentials(
-        self, anchor: Anchor, rows: slice, x: Tensor, hardest: Tensor, t: Tensor | None, exps: Tensor
+        self, anchor: Anchor, rows: slice, x: Tensor, target_cosine: Tensor, t: Tensor | None, exps: Tensor
     ) -> tuple[Tensor, Tensor | float]:
-        """Write dexp/dcos_j / s of the negatives to ``exps`` [n, S], which is exp(s cos_j - shift) itself without CurricularFace, and 0 in
-        the own column; returns (row sums of exp(s cos_j - shift) [n], shift [n] or 0)."""
-        scale, columns, products = self._objective.scale, anchor.columns[rows], anchor.products
+        """Score samples x [n, D], which are ``rows`` of the batch, against the negatives of ``anchor``.
+
+        Writes exp(s cos_j - shift) to ``exps`` [n, S], under CurricularFace times its derivative's factor, and 0 in the own column. Returns
+        (row sums of exp(s cos_j - shift) [n], shift [n] or 0).
+        """
+        products, scale, columns, shift = anchor.products, self._objective.scale, anchor.columns[rows], 0.0
         scaled = products.operand(x * scale)
         if not self._shifted and t is None:
-            sums, shift = exp_logits(scaled, anchor.operand, columns, exps), 0.0
+            sums = exp_logits(scaled, anchor.operand, columns, exps)
         else:
             logits = products.mm(scaled, anchor.operand.T, out=exps if exps.dtype == torch.float32 else None)
             slope = None
             if t is not None:
-                cosine, slope = curricular_negatives(logits / scale, hardest.unsqueeze(1), t)
+                hardest = unified_margin(target_cosine[rows], self._objective.margin).float().unsqueeze(1)
+                cosine, slope = curricular_negatives(logits / scale, hardest, t)
                 torch.mul(cosine, scale, out=logits)
-            write_own(logits, columns, torch.full_like(hardest, -math.inf))
-            shift = 0.0
+            write_own(logits, columns, logits.new_full((len(x),), -math.inf))
             if self._shifted:
-                shift = logits.amax(1) if logits.shape[1] else torch.full_like(hardest, -math.inf)
-                shift = self._ranks.maximum(shift)().clamp_(min=torch.finfo(shift.dtype).min)
+                highest = logits.amax(1) if anchor.num_rows else logits.new_full((len(x),), -math.inf)
+                shift = self._ranks.maximum(highest)().clamp_(min=torch.finfo(highest.dtype).min)
                 logits.sub_(shift.unsqueeze(1))
             sums = logits.exp_().sum(1)
             if slope is not None:
                 logits.mul_(slope)
             if exps is not logits:
                 exps.copy_(logits)
-        if not products.exact and exps.dtype == torch.float32:
+        if products.rounds_in_float32:
             exps.copy_(products.operand(exps))
         return sums, shift
 
-    def _slopes(self, sums: Tensor, shifts: Tensor, target_logits: Tensor, slopes: Tensor, held: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Vectors over the n samples of a chunk, from sums over all ranks: losses [n]; dL/d(s cos_j) / exps_j [anchors, n]; dL/d(s cos_y)
-        [terms, n]."""
-        place = [self._negatives.index(term.negatives) for term in self._objective.terms]
+    def _combine(self, sums: Tensor, shifts: Tensor, targets: Tensor, B: int) -> tuple[Tensor, Tensor, Tensor]:
+        """From what all ranks know of the n samples of a chunk to the loss and its slopes.
+
+        Args:
+            sums, shifts: [anchors, n], see :meth:`_exponentials`; summed over ranks.
+            targets: [3, terms, n], see :meth:`_targets`.
+        Returns: losses [n]; dL/dcos_j of the mean loss over exps_j, [anchors, n]; its dL/dcos_y [terms, n].
+        """
+        target_logits, slopes, held = targets
+        terms = [self._negatives.index(term.negatives) for term in self._objective.terms]
         log_sums = sums.log() + shifts
-        log_ratio = torch.stack([log_sums[k] for k in place]) - target_logits
-        losses, p = self._objective.loss(log_ratio, held)
-        by_anchor = [sum(p[i] for i, k in enumerate(place) if k == anchor) for anchor in range(len(sums))]
-        factors = (torch.stack(by_anchor) / sums).masked_fill_(sums == 0.0, 0.0)
-        return losses, factors, -p * slopes
+        losses, p = self._objective.loss(torch.stack([log_sums[k] for k in terms]) - target_logits, held > 0)
+        p *= self._objective.scale / B
+        of_anchor = [sum(p[i] for i, k in enumerate(terms) if k == anchor) for anchor in range(len(sums))]
+        return losses, (torch.stack(of_anchor) / sums).masked_fill_(sums == 0.0, 0.0), -p * slopes
 
     def _chunks(self, samples: Tensor) -> list[slice]:
         return [slice(start, min(start + self._chunk_rows, len(samples))) for start in range(0, len(samples), self._chunk_rows)]
 
     def _allocate_buffer(self, samples: Tensor) -> Callable[[Anchor, int], Tensor]:
         """What gives an anchor its [n, S] matrix for a chunk: always the same memory."""
-        on_cpu = samples.device.type == "cpu"
-        # A GPU reads whole vectors where rows start at multiples of 16. On a CPU, MKL multiplies faster into rows of n than of S.
-        width = {name: self._anchors[name].num_rows if on_cpu else -(-self._anchors[name].num_rows // 16) * 16 for name in self._negatives}
-        dtype = self._anchors[self._negatives[0]].products.storage
-        memory = torch.empty(min(self._chunk_rows, len(samples)) * max(width.values()), dtype=dtype, device=samples.device)
+        on_cpu, products = samples.device.type == "cpu", self._anchors[self._negatives[0]].products
+
+        def width(anchor: Anchor) -> int:  # a GPU reads whole vectors where rows start at multiples of 16
+            return anchor.num_rows if on_cpu else -(-anchor.num_rows // 16) * 16
+
+        size = min(self._chunk_rows, len(samples)) * max(width(self._anchors[name]) for name in self._negatives)
+        memory = torch.empty(size, dtype=products.storage, device=samples.device)
 
         def buffer(anchor: Anchor, n: int) -> Tensor:
-            if on_cpu:
-                return memory[: anchor.num_rows * n].view(anchor.num_rows, n).T
-            width = -(-anchor.num_rows // 16) * 16
-            return memory[: n * width].view(n, width)[:, : anchor.num_rows]
+            flat = memory[: n * width(anchor)]
+            if on_cpu:  # MKL writes rows of n faster than rows of S: a third of the logits' time
+                return flat.view(anchor.num_rows, n).T
+            return flat.view(n, width(anchor))[:, : anchor.num_rows]
 
         return buffer
 

@@ -26,6 +26,11 @@ class Products:
         """Whether an operand is the float32 tensor itself."""
         return self.dtype == torch.float32
 
+    @property
+    def rounds_in_float32(self) -> bool:
+        """Whether operands are rounded and stay float32."""
+        return self.dtype != self.storage
+
     def operand(self, x: Tensor) -> Tensor:
         """x [n, m] float32 as an operand; x itself if nothing is rounded."""
         return x.to(self.dtype).to(self.storage)

@@ -349,3 +349,36 @@ def test_no_operation_makes_a_matrix_of_batch_by_classes(centers, scale, curricu
             head(embeddings, labels)
     chunk = chunk_rows * (3000 if centers == "replace" else num_classes) * 4
     assert chunk <= allocations.largest < 2 * chunk < batch * num_classes * 4
+
+
+class HostReads(TorchDispatchMode):
+    """Operations whose result or shape depends on values, so that on a GPU the host would wait for them."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        indices = args[1] if name in {"index", "index_put", "index_put_"} else []
+        masks = [index for index in indices if index is not None and index.dtype == torch.bool]
+        if masks or name in {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero"}:
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sample_rate", [1.0, 0.3])
+@pytest.mark.parametrize("centers", CENTERS)
+def test_only_prepare_looks_at_values(centers, sample_rate):
+    head = PartialFC(8, 50, scale=64.0, curricular=True)
+    labels = torch.tensor([0, 7, 7, 49])
+    head.expectation_seen[:30] = True
+    head.set_stage(sample_rate, centers, update_expectation=True)
+    with HostReads() as reads:
+        head.prepare(labels)
+    assert reads.found, "the test must see what prepare reads"
+    with HostReads() as reads:
+        head(torch.randn(4, 8, requires_grad=True), labels).backward()
+        head.gradient_norm()
+        head.step(1e-3, 0.1)
+    assert reads.found == []

@@ -180,9 +180,13 @@ class Attention(nn.Module):
         self.proj = Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # each [b, heads, n, head_dim]
-        mixed = accumulate_in_float32(F.scaled_dot_product_attention, q, k, v)
-        return self.proj(mixed.transpose(1, 2).flatten(2))
+        return self.proj(self.mix(self.qkv(x)))
+
+    def mix(self, qkv: Tensor) -> Tensor:
+        """The mean of v over all tokens, weighted by softmax(q k^T / sqrt(head_dim)), per head. [b, n, 3 width] -> [b, n, width]."""
+        # Unbound before transposed: backward then stacks the three gradients in the layout of qkv, and no copy is needed.
+        q, k, v = (part.transpose(1, 2) for part in qkv.unflatten(-1, (3, self.heads, -1)).unbind(2))  # each [b, heads, n, head_dim]
+        return accumulate_in_float32(F.scaled_dot_product_attention, q, k, v).transpose(1, 2).flatten(2)
 
 
 class Mlp(nn.Module):
@@ -271,7 +275,9 @@ class Vit(nn.Module):
         """
         if images.ndim != 4 or images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
             raise ValueError(f"images must be [b, 3, {IMAGE_SIZE}, {IMAGE_SIZE}], got {list(images.shape)}")
-        tokens = self.patch_embed["proj"](images) + self.pos_embed
+        # The sum takes the layout of its first operand: contiguous, where that of the convolution is transposed. All that follows keeps
+        # it, and a transposed residual stream would be copied by every LayerNorm, forward and backward.
+        tokens = self.pos_embed + self.patch_embed["proj"](images)
         if self.training and self.num_kept < tokens.shape[1]:
             places = random_subsets(*tokens.shape[:2], self.num_kept, device=tokens.device).unsqueeze(-1).expand(-1, -1, tokens.shape[2])
             kept = self._run_blocks(tokens.gather(1, places))

@@ -1,4 +1,4 @@
-"""The collectives of the head over a process group, and plain copies where one process owns every class."""
+"""The collectives of the head over a process group; where one process owns every class, each result is its operand."""
 
 from __future__ import annotations
 

@@ -111,7 +111,9 @@ class DenseAdamW:
 
 
 def build_centers_optimizer(kind: CentersOptimizerKind, weight: Tensor, betas: tuple[float, float], eps: float) -> CentersOptimizer:
-    """The optimizer named ``kind``; ValueError for another name."""
+    """The optimizer named ``kind``; ValueError for another name, betas outside [0, 1) or a negative eps."""
+    if not all(0.0 <= beta < 1.0 for beta in betas) or eps < 0.0:
+        raise ValueError(f"betas must lie in [0, 1) and eps must not be negative, got {betas} and {eps}")
     if kind == "row_sparse":
         return RowSparseAdamW(weight, betas, eps)
     if kind == "dense":
@@ -120,7 +122,10 @@ def build_centers_optimizer(kind: CentersOptimizerKind, weight: Tensor, betas: t
 
 
 def add_rows(total: RowGradient, more: RowGradient) -> RowGradient:
-    """Sum of two row-sparse matrices (sorted distinct rows [S] int64, or None for all; values [S, D]). ``total`` may be changed."""
+    """Sum of two row-sparse matrices (sorted distinct rows [S] int64, or None for all; values [S, D]).
+
+    May change ``total``. Where both name their rows, a GPU's host waits for the number of distinct ones.
+    """
     if total[0] is None and more[0] is None:
         return None, total[1].add_(more[1])
     if total[0] is None:

@@ -21,6 +21,7 @@ from model.sharded_softmax import Anchor, AnchorName, Objective, ShardedSoftmax,
 
 Centers = Literal["learned", "pco", "pco_shared", "epl", "replace"]
 CENTERS: tuple[Centers, ...] = get_args(Centers)
+_CHUNK_ROWS = {"cpu": 512, "cuda": 4096}
 _W, _E = "learned", "expectation"
 _TERMS: dict[Centers, tuple[Term, ...]] = {
     "learned": (Term(_W, _W),),
@@ -56,7 +57,7 @@ class PartialFC:
         *,
         curricular: bool = False,
         product_dtype: torch.dtype | None = None,
-        chunk_rows: int = 512,
+        chunk_rows: int | None = None,
         optimizer: CentersOptimizerKind = "row_sparse",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -76,7 +77,8 @@ class PartialFC:
             curricular: hard negatives as in CurricularFace; see :func:`model.margin.curricular_negatives`. Takes a second chunk buffer.
             product_dtype: of the operands of matrix products, float32 or bfloat16; sums and results are float32. None: bfloat16 on CUDA,
                 float32 on a CPU.
-            chunk_rows: samples of the global micro-batch that share the buffer at a time: more memory, fewer passes over the centers.
+            chunk_rows: samples of the global micro-batch that share the buffer at a time: more memory, fewer passes over the centers and
+                fewer launches. None: 512 on a CPU, 4096 on CUDA.
             optimizer: ``row_sparse`` touches sampled rows only; ``dense`` is the field's AdamW over all rows.
             betas, eps: of AdamW.
             device: of the centers; None: the current GPU under an nccl group, else torch's default device.
@@ -88,15 +90,16 @@ class PartialFC:
             raise ValueError(f"margin_gradient must be one of {', '.join(MARGIN_GRADIENTS)}, got {margin_gradient!r}")
         if not 0 < scale < math.inf:
             raise ValueError(f"scale must be positive, got {scale}")
-        for name, value in {"num_classes": num_classes, "embedding_size": embedding_size, "chunk_rows": chunk_rows}.items():
-            if value < 1:
-                raise ValueError(f"{name} must be positive, got {value}")
         if group is None and dist.is_initialized():
             group = dist.group.WORLD
         if device is None:
             nccl = group is not None and dist.get_backend(group) == "nccl"
             device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.get_default_device()
         device = torch.device(device)
+        chunk_rows = _CHUNK_ROWS[device.type] if chunk_rows is None else chunk_rows
+        for name, value in {"num_classes": num_classes, "embedding_size": embedding_size, "chunk_rows": chunk_rows}.items():
+            if value < 1:
+                raise ValueError(f"{name} must be positive, got {value}")
         if product_dtype is None:
             product_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self._ranks = Collectives(group)
@@ -109,7 +112,7 @@ class PartialFC:
         self._optimizer = build_centers_optimizer(optimizer, self._weight, betas, eps)
         self._expectation = Expectation(len(self.shard), embedding_size, device)
         self._seed, self._draws = seed, 0
-        self._prepared: tuple[Tensor, _Choice] | None = None
+        self._prepared: _Prepared | None = None
         self._pending = _Pending()
         self.target_cosine = torch.zeros((), device=device)  # mean cos_y of the last global micro-batch, before the margin
         self.set_stage(sample_rate, centers, update_expectation=False)
@@ -121,7 +124,7 @@ class PartialFC:
             sample_rate: as of the constructor.
             centers: ``learned`` scores against the class centers w; ``pco`` adds the expectations e as a second anchor inside one logarithm
                 (LVFace, arXiv:2501.13420); ``pco_shared`` does too, but takes the negatives of the second term from w; ``epl`` is the mean
-                of two separate losses (arXiv:2405.12447); ``replace`` scores against e alone, and w stays as it is. A class without an
+                of two separate losses (arXiv:2405.12447); ``replace`` scores against e alone, and w gets no gradient. A class without an
                 expectation is no negative against e, and its samples have no such term.
             update_expectation: whether e moves.
 
@@ -150,7 +153,10 @@ class PartialFC:
         return self._weight
 
     @weight.setter
+    @torch.no_grad()
     def weight(self, rows: Tensor) -> None:
+        if rows.shape != self._weight.shape:
+            raise ValueError(f"centers of shape {tuple(rows.shape)} do not fit this rank's {tuple(self._weight.shape)}")
         self._weight.copy_(rows)
 
     @property
@@ -174,7 +180,7 @@ class PartialFC:
 
         Collectives: one all-gather of [b] int64.
         """
-        self._prepared = labels, self._choose(labels)
+        self._prepared = _Prepared(labels, labels._version, self._choose(labels))
 
     def __call__(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """Loss of the global micro-batch.
@@ -188,19 +194,25 @@ class PartialFC:
             engine averages over the W ranks. Without gradients (``torch.no_grad``) it scores the set that the next training call would.
 
         Raises:
-            ValueError: a label outside [0, C), on every rank.
+            ValueError: a label outside [0, C), on every rank; shapes that do not fit, on this rank.
 
         Collectives: those of :meth:`prepare` and of :mod:`model.sharded_softmax`; an all-gather of [b, D] float32; with gradients a
             reduce-scatter of [B, D] and an all-reduce of a flag.
         """
+        if embeddings.shape != (labels.numel(), self.weight.shape[1]) or not labels.numel():
+            expected = f"[b, {self.weight.shape[1]}] and [b], b > 0"
+            raise ValueError(f"embeddings and labels must be {expected}, got {tuple(embeddings.shape)} and {tuple(labels.shape)}")
         prepared, self._prepared = self._prepared, None
-        choice = prepared[1] if prepared and prepared[0] is labels else self._choose(labels)
+        choice = prepared.choice if prepared and prepared.is_of(labels) else self._choose(labels)
         with_gradients = torch.is_grad_enabled() and embeddings.requires_grad
         if with_gradients:
             self._draws += 1
-        return _Loss.apply(embeddings, self, choice, with_gradients)
+        with torch.autocast(self.weight.device.type, enabled=False):  # it would take products to a dtype that exp overflows
+            return _Loss.apply(embeddings, self, choice, with_gradients)
 
     def _choose(self, labels: Tensor) -> _Choice:
+        if labels.is_floating_point():
+            raise ValueError(f"labels must be integers, got {labels.dtype}")
         gathered = self._ranks.gather(labels.reshape(-1).to(torch.int64))()
         outside = (gathered < 0) | (gathered >= self.num_classes)
         if outside.any():
@@ -234,7 +246,7 @@ class PartialFC:
     def pending_gradient(self) -> tuple[Tensor, Tensor]:
         """(sorted local rows [S] int64, dL/dw of those rows [S, D] float32): the mean over the micro-batches since the last step."""
         rows, grad = self._pending.mean_gradient(self.weight)
-        return torch.arange(len(self.shard), device=grad.device) if rows is None else rows, grad
+        return torch.arange(len(self.shard), device=grad.device) if rows is None else rows, grad.clone()
 
     def gradient_norm(self) -> Tensor:
         """L2 norm of the pending gradient over all ranks, scalar float64. Collectives: one all-reduce of a float64."""
@@ -246,29 +258,48 @@ class PartialFC:
         self._optimizer.step(*self._pending.mean_gradient(self.weight), lr=lr, weight_decay=weight_decay)
         if self.update_expectation and self._pending.targets:
             self._expectation.update(torch.cat(self._pending.targets), torch.cat(self._pending.samples))
+        if self._pending.t is not None:
+            self._t = self._pending.t
         self.discard()
 
     def discard(self) -> None:
-        """Drop the pending gradient and samples: the step was skipped."""
+        """Drop all that the micro-batches since the last step left: the step was skipped."""
         self._pending = _Pending()
+        self._prepared = None  # the expectations may have moved
 
     def state(self) -> dict[str, Tensor]:
         """Everything a checkpoint must hold of this rank's rows ``[class_start, class_start + c)``; tensors are not copied."""
         rows = {"weight": self.weight, "expectation": self.expectation, "expectation_seen": self.expectation_seen}
         return {**rows, **self._optimizer.state(), "draws": torch.tensor(self._draws), "curricular_t": self._t}
 
+    @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take over :meth:`state` of the same rows; ValueError if their number or size differs."""
-        if state["weight"].shape != self.weight.shape:
-            raise ValueError(f"centers of shape {tuple(state['weight'].shape)} do not fit this rank's {tuple(self.weight.shape)}")
-        self.weight.copy_(state["weight"])
+        """Take over :meth:`state` of the same rows; ValueError, with nothing changed, if something is missing or of another size."""
+        if missing := self.state().keys() - state.keys():
+            raise ValueError(f"the state of a head lacks {', '.join(sorted(missing))}: it is of another version or optimizer")
+        self.weight = state["weight"]
         self.expectation.copy_(state["expectation"])
         self.expectation_seen.copy_(state["expectation_seen"])
         self._optimizer.load_state(state)
         self._draws = int(state["draws"])
         self._t = state["curricular_t"].to(self._t.device, copy=True)
-        self._prepared = None
         self.discard()
+
+    def _next_t(self, mean_cosine: Tensor) -> Tensor | None:
+        """t of CurricularFace for a micro-batch; None without it."""
+        if not self.curricular:
+            return None
+        return curricular_t(self._t if self._pending.t is None else self._pending.t, mean_cosine)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    labels: Tensor
+    version: int  # of its content
+    choice: _Choice
+
+    def is_of(self, labels: Tensor) -> bool:
+        return labels is self.labels and labels._version == self.version
 
 
 @dataclass(frozen=True)
@@ -289,6 +320,7 @@ class _Pending:
     micro_batches: int = 0
     targets: list[Tensor] = field(default_factory=list)  # [n] int64 local rows of the samples that this rank owns, one a micro-batch
     samples: list[Tensor] = field(default_factory=list)  # [n, D] float32 their unit embeddings
+    t: Tensor | None = None  # of CurricularFace after the last of them
 
     def add(self, gradient: RowGradient) -> None:
         self.gradient = gradient if self.gradient is None else add_rows(self.gradient, gradient)
@@ -315,10 +347,10 @@ class _Loss(torch.autograd.Function):
         cosines = softmax.target_cosines(samples)
         mean_cosine = cosines[_E if head.centers == "replace" else _W].mean()
         head.target_cosine = mean_cosine.float()
-        t = curricular_t(head._t, mean_cosine) if head.curricular else None
+        t = head._next_t(mean_cosine)
         walked = softmax.walk(samples, cosines, t, with_gradients)
         if with_gradients:
-            head._t = head._t if t is None else t
+            head._pending.t = t
             scattering = head._ranks.scatter_sum(walked.grad_samples)
             if walked.grad_centers is None:
                 ctx.gradient = _no_gradient(head.weight)
@@ -326,7 +358,7 @@ class _Loss(torch.autograd.Function):
                 ctx.gradient = choice.rows, normalize_backward_(walked.grad_centers, anchors[_W].unit, anchors[_W].norm)
             feature_grad = normalize_backward_(scattering(), lambda block: unit[block], norm)
             # A sum is finite only if every summand is. One of finite gradients that overflows float32 is no better.
-            finite = torch.stack([feature_grad.sum(), ctx.gradient[1].sum()]).isfinite().all()
+            finite = torch.stack([norm.sum(), feature_grad.sum(), ctx.gradient[1].sum()]).isfinite().all()
             ctx.any_not_finite = head._ranks.sum((~finite).float())
             ctx.owned = (choice.targets[choice.owned], samples[choice.owned]) if head.update_expectation else None
             ctx.head, ctx.dtype, ctx.feature_grad = head, embeddings.dtype, feature_grad
@@ -336,6 +368,8 @@ class _Loss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss: Tensor):
         head, grad = ctx.head, ctx.feature_grad
+        if grad is None:
+            raise RuntimeError("this loss has been through backward already: its gradients were handed on, and are gone")
         head._pending.add(ctx.gradient)
         if ctx.owned:
             head._pending.targets.append(ctx.owned[0])

@@ -40,4 +40,4 @@ class Expectation:
         old = self.rows[row]
         keep = torch.sigmoid((old * mean).sum(1, keepdim=True)) * self.seen[row].unsqueeze(1)  # a, and 0 for a class not seen yet
         self.rows[row] = F.normalize(keep * old + (1.0 - keep) * mean)
-        self.seen[row] = True
+        self.seen[row] |= mean.any(1)  # samples that are zero, or cancel out, have no direction

@@ -8,8 +8,9 @@ one anchor (the class centers w or the expectations e) and takes its target from
     L   = log(exp(0) + sum_terms exp(a))                       joint; or the mean over the terms of log(1 + exp(a))
     p   = dL/da,   dL/d(s cos_j) = p exp(s cos_j) / sum,   dL/dz_y = -p
 
-Nothing of size [B, S] exists: chunks of rows share one [chunk, S] buffer. The expectations come first in it, because all that they leave
-is a [chunk, D] product; the exponentials of the class centers stay until the sums over ranks are known, which their gradient needs.
+Nothing of size [B, S] exists: chunks of rows share one [chunk, S] buffer (CurricularFace has a second, for its slopes). The expectations
+come first in it, because all that they leave is a [chunk, D] product; the exponentials of the class centers stay until the sums over ranks
+are known, which their gradient needs.
 
 The joint two-term loss: LVFace, arXiv:2501.13420. The sharding: Partial FC, arXiv:2203.15565.
 """
@@ -23,6 +24,7 @@ from functools import cached_property
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.collectives import Collectives
@@ -31,8 +33,9 @@ from model.kernels.products import Products
 from model.margin import MarginGradient, curricular_negatives, margin_slope, unified_margin
 
 AnchorName = Literal["expectation", "learned"]
-_EXP_LIMIT = 88.0  # exp of it is below the float32 maximum, exp(88.7)
-_BLOCK_ROWS = 1024  # of a normalisation's backward: its temporaries stay small and in cache
+_EXP_LIMIT = 80.0  # float32 ends at exp(88.7): what is left holds a sum times the slope of a margin, in the place of the target
+_BLOCK_ROWS = 1024  # of a normalisation's backward, and
+_BLOCK_COLUMNS = 2048  # of CurricularFace: temporaries stay small and in cache
 
 
 @dataclass(frozen=True)
@@ -107,10 +110,10 @@ class Objective:
         """(L [n], dL/da [terms, n]) of the log-ratios a [terms, n]. ``held`` [terms, n] bool: whether a sample has the term."""
         log_ratio = log_ratio.masked_fill(~held, -math.inf)
         if self.joint:
-            loss = torch.logsumexp(torch.cat([torch.zeros_like(log_ratio[:1]), log_ratio]), 0)
+            loss = _softplus(torch.logsumexp(log_ratio, 0))
             return loss, torch.exp(log_ratio - loss)
         share = 1.0 / held.sum(0).clamp(min=1)
-        return torch.logaddexp(log_ratio, torch.zeros_like(log_ratio)).sum(0) * share, torch.sigmoid(log_ratio) * share
+        return _softplus(log_ratio).sum(0) * share, torch.sigmoid(log_ratio) * share
 
 
 @dataclass(frozen=True)
@@ -140,20 +143,23 @@ class ShardedSoftmax:
     def __init__(self, anchors: dict[AnchorName, Anchor], objective: Objective, num_classes: int, chunk_rows: int, ranks: Collectives):
         """``num_classes``: C over all ranks; ``chunk_rows``: samples that share the buffer at a time."""
         self._anchors, self._objective, self._chunk_rows, self._ranks = anchors, objective, chunk_rows, ranks
-        # |s cos| <= s, and CurricularFace at most doubles it: while s + ln C < 88, exponentials cannot overflow and need no maximum.
+        # |s cos| <= s, and CurricularFace at most doubles it: while s + ln C < 80, exponentials cannot overflow and need no maximum.
         self._shifted = objective.scale * (1 + objective.curricular) + math.log(num_classes) > _EXP_LIMIT
         self._negatives: list[AnchorName] = sorted({term.negatives for term in objective.terms})  # the learned one last
         for name in self._negatives:
             _ = anchors[name].operand  # normalise now: the samples may still be on their way
 
     def target_cosines(self, samples: Tensor) -> dict[AnchorName, TargetCosines]:
-        """Of ``samples`` [B, D] float32 unit rows, equal on every rank. Collectives: one all-reduce of [anchors, 2, B] float32."""
-        own = samples.new_zeros(len(self._anchors), 2, samples.shape[0])
+        """Of ``samples`` [B, D] float32 unit rows, equal on every rank. Collectives: one all-reduce of [anchors, 2, B] float64.
+
+        In float64, because what a margin makes of a cosine near 1 multiplies its error.
+        """
+        own = samples.new_zeros(len(self._anchors), 2, len(samples), dtype=torch.float64)
         for (cosine, held), anchor in zip(own, self._anchors.values(), strict=True):
             for rows in self._chunks(samples):
-                cosine[rows] = (samples[rows] * _own_rows(anchor, rows)).sum(1)
+                cosine[rows] = F.cosine_similarity(samples[rows].double(), _own_rows(anchor, rows).double())
             held.copy_(anchor.columns >= 0)
-        over_ranks = self._ranks.sum(own)().double()
+        over_ranks = self._ranks.sum(own)()
         return {name: TargetCosines(cosine, held > 0) for name, (cosine, held) in zip(self._anchors, over_ranks, strict=True)}
 
     def walk(self, samples: Tensor, cosines: dict[AnchorName, TargetCosines], t: Tensor | None, gradients: bool) -> Walked:
@@ -174,11 +180,11 @@ class ShardedSoftmax:
         loss = samples.new_zeros((), dtype=torch.float64)
         for rows in self._chunks(samples):
             x = samples[rows]
-            sums, shifts = x.new_empty(2, len(self._negatives), x.shape[0])
+            sums, shifts = x.new_empty(2, len(self._negatives), len(x))
             pulls = []  # of each anchor, [n, D]: sum_j exp(s cos_j) u_j
             for k, name in enumerate(self._negatives):
                 anchor = self._anchors[name]
-                exps = buffer(anchor, x.shape[0])
+                exps = buffer(anchor, len(x))
                 sums[k], shifts[k] = self._exponentials(anchor, rows, x, cosines[name].cosine, t, exps)
                 if k == len(self._negatives) - 1:
                     summing = self._ranks.sum(sums)  # the next product does not need them
@@ -186,16 +192,24 @@ class ShardedSoftmax:
                     pulls.append(anchor.products.mm(exps, anchor.operand))
             losses, factors, target_grads = self._combine(summing().double(), shifts, targets[:, :, rows], len(samples))
             loss += losses.sum()
-            if not gradients:
-                continue
-            grad_samples[rows] = sum(pull * factor.float().unsqueeze(1) for pull, factor in zip(pulls, factors, strict=True))
-            for term, grad in zip(self._objective.terms, target_grads, strict=True):
-                grad_samples[rows].addcmul_(_own_rows(self._anchors[term.target], rows), grad.float().unsqueeze(1))
-            if learned:  # the last anchor: exps are its own
-                own = sum(grad for term, grad in zip(self._objective.terms, target_grads, strict=True) if term.target == "learned")
-                write_own(exps, learned.columns[rows], (own / factors[-1]).nan_to_num_(0.0))
-                learned.products.add_mm(grad_centers, exps.T, learned.products.operand(x * factors[-1].float().unsqueeze(1)))
+            if gradients:
+                grad_samples[rows] = sum(pull * factor.float().unsqueeze(1) for pull, factor in zip(pulls, factors, strict=True))
+                for term, grad in zip(self._objective.terms, target_grads, strict=True):
+                    grad_samples[rows].addcmul_(_own_rows(self._anchors[term.target], rows), grad.float().unsqueeze(1))
+            if grad_centers is not None:  # the class centers came last: exps are theirs
+                own_grad = sum(grad for term, grad in zip(self._objective.terms, target_grads, strict=True) if term.target == "learned")
+                self._add_grad_centers(grad_centers, learned, rows, x, exps, factors[-1], own_grad)
         return Walked((loss / len(samples)).float(), grad_samples, grad_centers)
+
+    @staticmethod
+    def _add_grad_centers(total: Tensor, learned: Anchor, rows: slice, x: Tensor, exps: Tensor, factors: Tensor, own_grad: Tensor) -> None:
+        """Add ``sum_i dL/dcos_ij x_i`` of a chunk to ``total`` [S, D].
+
+        dL/dcos_ij is ``exps_ij factors_i`` for negatives. One product does for targets as well if the place of the target, where exps are
+        0, holds ``own_grad_i / factors_i``. Without any negative that is 0 / 0, and the gradient 0.
+        """
+        write_own(exps, learned.columns[rows], (own_grad / factors).nan_to_num_(0.0))
+        learned.products.add_mm(total, exps.T, learned.products.operand(x * factors.float().unsqueeze(1)))
 
     def _targets(self, cosines: dict[AnchorName, TargetCosines]) -> Tensor:
         """[3, terms, B]: margin-adjusted target logits; slopes of the margin; 1 where a sample has the term, else 0.
@@ -210,36 +224,45 @@ class ShardedSoftmax:
 
     def _exponentials(
         self, anchor: Anchor, rows: slice, x: Tensor, target_cosine: Tensor, t: Tensor | None, exps: Tensor
-    ) -> tuple[Tensor, Tensor | float]:
+    ) -> tuple[Tensor, Tensor]:
         """Score samples x [n, D], which are ``rows`` of the batch, against the negatives of ``anchor``.
 
-        Writes exp(s cos_j - shift) to ``exps`` [n, S], under CurricularFace times its derivative's factor, and 0 in the own column. Returns
-        (row sums of exp(s cos_j - shift) [n], shift [n] or 0).
+        Writes exp(s cos_j - shift) to ``exps`` [n, S], under CurricularFace times its slope, and 0 in the own column. Returns (row sums of
+        exp(s cos_j - shift) [n], shift [n]).
         """
-        products, scale, columns, shift = anchor.products, self._objective.scale, anchor.columns[rows], 0.0
-        scaled = products.operand(x * scale)
-        if not self._shifted and t is None:
-            sums = exp_logits(scaled, anchor.operand, columns, exps)
-        else:
+        products = anchor.products
+        scaled = products.operand(x * self._objective.scale)
+        if self._shifted or t is not None:
             logits = products.mm(scaled, anchor.operand.T, out=exps if exps.dtype == torch.float32 else None)
-            slope = None
-            if t is not None:
-                hardest = unified_margin(target_cosine[rows], self._objective.margin).float().unsqueeze(1)
-                cosine, slope = curricular_negatives(logits / scale, hardest, t)
-                torch.mul(cosine, scale, out=logits)
-            write_own(logits, columns, logits.new_full((len(x),), -math.inf))
-            if self._shifted:
-                highest = logits.amax(1) if anchor.num_rows else logits.new_full((len(x),), -math.inf)
-                shift = self._ranks.maximum(highest)().clamp_(min=torch.finfo(highest.dtype).min)
-                logits.sub_(shift.unsqueeze(1))
-            sums = logits.exp_().sum(1)
+            hardest = unified_margin(target_cosine[rows], self._objective.margin).float().unsqueeze(1)
+            slope = None if t is None else self._modulate(logits, hardest, t)
+            write_own(logits, anchor.columns[rows], logits.new_full((len(x),), -math.inf))
+            shift = self._highest(logits) if self._shifted else logits.new_zeros(len(x))
+            sums = logits.sub_(shift.unsqueeze(1)).exp_().sum(1)
             if slope is not None:
                 logits.mul_(slope)
             if exps is not logits:
                 exps.copy_(logits)
+        else:
+            sums, shift = exp_logits(scaled, anchor.operand, anchor.columns[rows], exps), x.new_zeros(len(x))
         if products.rounds_in_float32:
-            exps.copy_(products.operand(exps))
+            for part in exps.split(_BLOCK_COLUMNS, 1):
+                part.copy_(products.operand(part))
         return sums, shift
+
+    def _modulate(self, logits: Tensor, hardest: Tensor, t: Tensor) -> Tensor:
+        """CurricularFace: change ``logits`` [n, S] in place and return the slopes. ``hardest`` [n, 1]: target cosine under the margin."""
+        slope = torch.empty_like(logits)
+        for part, part_slope in zip(logits.split(_BLOCK_COLUMNS, 1), slope.split(_BLOCK_COLUMNS, 1), strict=True):
+            cosine, change = curricular_negatives(part / self._objective.scale, hardest, t)
+            torch.mul(cosine, self._objective.scale, out=part)
+            part_slope.copy_(change)
+        return slope
+
+    def _highest(self, logits: Tensor) -> Tensor:
+        """[n] the highest of each row over all ranks, finite where there is none. Collectives: one all-reduce of [n]."""
+        highest = logits.amax(1) if logits.shape[1] else logits.new_full((len(logits),), -math.inf)
+        return self._ranks.maximum(highest)().clamp_(min=torch.finfo(highest.dtype).min)
 
     def _combine(self, sums: Tensor, shifts: Tensor, targets: Tensor, B: int) -> tuple[Tensor, Tensor, Tensor]:
         """From what all ranks know of the n samples of a chunk to the loss and its slopes.
@@ -283,6 +306,11 @@ def normalize(x: Tensor) -> tuple[Tensor, Tensor]:
     """Unit rows of x [n, D] and their norms [n, 1], at least 1e-12."""
     norm = _norm(x)
     return x / norm, norm
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)), with its relative precision however small (F.softplus cuts off)."""
+    return torch.logaddexp(x, torch.zeros_like(x))
 
 
 def _norm(x: Tensor) -> Tensor:

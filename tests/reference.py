@@ -61,10 +61,10 @@ def head_reference(
             losses.append(torch.logaddexp(zero, a))
         elif centers == "pco":
             b = ratio(cos_e[i], negatives & seen, with_margin(cos_e[i, y]))
-            losses.append(torch.logsumexp(torch.stack([zero, a, b]), 0))
+            losses.append(torch.logaddexp(zero, torch.logaddexp(a, b)))
         elif centers == "pco_shared":  # one set of hard negatives, against the target of w
             b = a + scale * (with_margin(cos_w[i, y]) - with_margin(cos_e[i, y]))
-            losses.append(torch.logsumexp(torch.stack([zero, a, b]), 0))
+            losses.append(torch.logaddexp(zero, torch.logaddexp(a, b)))
         elif centers == "epl":
             target = cos_e[i, y] - 0.7 * cos_e[i, y].detach()
             if t is None:

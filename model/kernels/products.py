@@ -11,7 +11,8 @@ class Products:
 
     bfloat16 results would cost 2-7 % of the gradient, because exp multiplies the error of a logit by the logit; bfloat16 operands cost
     0.3 %. On CUDA, cuBLAS takes bfloat16 operands and writes float32. No CPU product of torch does, so there an operand is rounded to
-    bfloat16 and kept in float32: the same numbers, at float32's speed.
+    bfloat16 and kept in float32: the same numbers, at float32's speed. On CUDA float32 operands follow
+    ``torch.backends.cuda.matmul.allow_tf32``, off by default.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -42,7 +43,7 @@ class Products:
         return torch.mm(a, b, out_dtype=torch.float32) if out is None else torch.mm(a, b, out_dtype=torch.float32, out=out)
 
     def add_mm(self, total: Tensor, a: Tensor, b: Tensor) -> None:
-        """total += a @ b; ``total`` float32."""
+        """total += a @ b; ``total`` float32 (beside bfloat16 operands torch allows that since 2.10)."""
         if self.storage == torch.float32:
             total.addmm_(a, b)
         else:

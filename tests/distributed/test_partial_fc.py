@@ -74,7 +74,7 @@ def call_heads(group, num_classes, every, batch):
             scored = torch.arange(len(head.shard)) if scored is None else scored
             centers_grad = torch.zeros_like(head.weight).index_copy_(0, rows, grad)
             calls.append((agreed, scored + head.class_start, embeddings.grad, centers_grad))
-            head.discard()
+            head.step(lr=0.0, weight_decay=0.0)  # moves nothing but t
     return calls
 
 
@@ -179,23 +179,30 @@ def check_steps(group, num_classes):
     assert relative_error(gather_rows(group, head.expectation), expectation) < 2e-6
 
 
-def check_not_finite(group):
-    head = PartialFC(D, 20, 1.0, (1.0, 0.0, 0.4), 16.0, group=group)
+def check_not_finite(group, centers, value):
+    """With ``replace`` the centers have no gradient, so that only rank 1's samples tell."""
+    head = PartialFC(D, 20, 1.0, (1.0, 0.0, 0.4), 16.0, group=group, curricular=True)
+    for mine, every in zip((head.expectation, head.expectation_seen), expectations(20), strict=True):
+        mine.copy_(every[head.class_start : head.class_start + len(head.shard)])
+    head.set_stage(1.0, centers, update_expectation=True)
     embeddings, labels = global_batch(20)
-    mine = my_share(group, embeddings)
-    if dist.get_rank(group) == 1:
-        mine[0, 0] = float("nan")
-    mine.requires_grad_()
-    before = head.weight.clone()
-    head(mine, my_share(group, labels)).backward()
+    before = {name: tensor.clone() for name, tensor in head.state().items()}
+    for _ in range(2):  # after one finite micro-batch
+        mine = my_share(group, embeddings).requires_grad_()
+        head(mine, my_share(group, labels)).backward()
+        if dist.get_rank(group) == 1:
+            embeddings[BATCH - 1, 0] = value
     assert mine.grad.isinf().all(), "every rank must hand inf to its engine"
     head.discard()
-    assert torch.equal(head.weight, before)
+    before["draws"] += 2  # which classes come next is no matter of a step's fate
+    assert all(torch.equal(tensor, before[name]) for name, tensor in head.state().items())
     assert head.pending_gradient()[0].numel() == 0
 
 
-def test_a_gradient_that_is_not_finite_on_one_rank_poisons_every_rank():
-    run_ranks(2, check_not_finite)
+@pytest.mark.parametrize("value", [math.nan, 1e30])
+@pytest.mark.parametrize("centers", ["learned", "pco", "replace"])
+def test_a_gradient_that_is_not_finite_on_one_rank_poisons_every_rank_and_leaves_nothing(centers, value):
+    run_ranks(2, check_not_finite, centers, value)
 
 
 def check_bad_label(group):
@@ -265,6 +272,85 @@ def test_without_gradients_the_loss_is_that_of_the_next_training_call_and_nothin
     assert torch.equal(head(embeddings, labels).detach(), expected)
 
 
+def trained(num_classes, batch, size=512, noise=0.015):
+    """(weight, embeddings, labels) as late in training: samples lie ``noise`` a component from their centers."""
+    generator = torch.Generator().manual_seed(0)
+    weight, labels = torch.randn(num_classes, size, generator=generator), torch.randint(0, num_classes, (batch,), generator=generator)
+    return weight, torch.nn.functional.normalize(weight)[labels] + noise * torch.randn(batch, size, generator=generator), labels
+
+
+def against_reference(head, embeddings, labels, **reference):
+    """Relative errors (loss, gradient of the embeddings, gradient of the centers) of one process's head."""
+    embeddings = embeddings.clone().requires_grad_()
+    loss = head(embeddings, labels)
+    loss.backward()
+    arguments = {"margin": head.margin, "scale": head.scale, "margin_gradient": head.margin_gradient, "centers": head.centers}
+    expected = head_reference(embeddings.detach(), head.weight, labels, **(arguments | reference))
+    pairs = ((loss.detach(), expected.loss), (embeddings.grad, expected.embeddings_grad))
+    return [relative_error(*pair) for pair in (*pairs, (head.pending_gradient()[1], expected.centers_grad))]
+
+
+@pytest.mark.parametrize("margin", MARGINS)
+@pytest.mark.parametrize("scale", [64.0, 80.0])
+def test_samples_near_their_centers_are_as_exact_although_the_slope_of_a_margin_is_steep_there(scale, margin):
+    """1,500 classes are more than one block of a normalisation's backward; scale 80 is where sums times slopes come near float32's end."""
+    weight, embeddings, labels = trained(1500, 64)
+    head = PartialFC(512, 1500, 1.0, MARGINS[margin], scale)
+    head.weight = weight
+    assert all(error < EXACT for error in against_reference(head, embeddings, labels))
+
+
+@pytest.mark.parametrize("scale", [79.0, 84.0, 87.2])
+def test_a_sample_upon_its_center_has_finite_gradients_at_any_scale(scale):
+    head = PartialFC(D, 2, 1.0, MARGINS["arcface"], scale, curricular=True)
+    embeddings = torch.stack([head.weight[0], head.weight[0], -head.weight[1]]).requires_grad_()
+    head(embeddings, torch.tensor([0, 1, 1])).backward()
+    assert embeddings.grad.isfinite().all()
+    assert head.pending_gradient()[1].isfinite().all()
+
+
+@pytest.mark.parametrize("centers", CENTERS)
+@pytest.mark.parametrize("scale", [16.0, 128.0])
+def test_a_single_class_has_no_negatives_and_loses_nothing(centers, scale):
+    head = PartialFC(8, 1, 1.0, scale=scale, centers=centers)
+    head.expectation[0, 0], head.expectation_seen[0] = 1.0, True
+    embeddings = torch.randn(3, 8, requires_grad=True)
+    loss = head(embeddings, torch.zeros(3, dtype=torch.int64))
+    loss.backward()
+    assert loss == 0.0
+    assert (embeddings.grad == 0.0).all()
+    assert (head.pending_gradient()[1] == 0.0).all()
+
+
+def test_rows_of_zeros_have_finite_gradients_and_no_expectation():
+    head = PartialFC(8, 4, margin=(1.0, 0.0, 0.4))
+    head.set_stage(1.0, "learned", update_expectation=True)
+    head.weight[1] = 0.0
+    embeddings = torch.randn(3, 8)
+    embeddings[0] = 0.0
+    embeddings.requires_grad_()
+    head(embeddings, torch.tensor([0, 1, 2])).backward()
+    assert embeddings.grad.isfinite().all()
+    head.step(0.0, 0.0)
+    assert head.expectation_seen.tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_embeddings_of_16_bits_and_autocast_change_nothing_but_their_own_rounding(dtype):
+    embeddings, labels = global_batch(40)
+    embeddings = embeddings.to(dtype)
+    head = PartialFC(D, 40, margin=MARGINS["cosface"])
+    expected = head_reference(embeddings, head.weight, labels, margin=MARGINS["cosface"], scale=64.0, margin_gradient="exact")
+    embeddings.requires_grad_()
+    with torch.autocast("cpu", dtype=dtype):
+        loss = head(embeddings, labels)
+    loss.backward()
+    assert relative_error(loss.detach(), expected.loss) < EXACT
+    assert relative_error(head.pending_gradient()[1], expected.centers_grad) < EXACT
+    assert embeddings.grad.dtype == dtype
+    assert relative_error(embeddings.grad, expected.embeddings_grad) < torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("sample_rate", [0.3, 1.0])
 def test_preparing_a_batch_changes_no_number(sample_rate):
     embeddings, labels = torch.randn(6, 8), torch.tensor([0, 7, 7, 49, 3, 12])
@@ -306,15 +392,10 @@ def test_bfloat16_operands_cost_less_than_half_a_percent_of_the_gradient(centers
     head.expectation.copy_(torch.nn.functional.normalize(directions + 0.04 * torch.randn(num_classes, size, generator=generator)))
     head.expectation_seen.fill_(True)
     head.set_stage(1.0, centers, False)
-    embeddings = (directions[labels] + 0.06 * torch.randn(64, size, generator=generator)).requires_grad_()
-    loss = head(embeddings, labels)
-    loss.backward()
-    arguments = {"margin": (1.0, 0.0, 0.4), "scale": 64.0, "margin_gradient": "exact", "centers": centers}
-    arguments |= {"expectation": head.expectation, "seen": head.expectation_seen}
-    expected = head_reference(embeddings.detach(), head.weight, labels, **arguments)
-    assert relative_error(loss.detach(), expected.loss) < 1e-3
-    assert 1e-4 < relative_error(embeddings.grad, expected.embeddings_grad) < 5e-3
-    assert 1e-4 < relative_error(head.pending_gradient()[1], expected.centers_grad) < 5e-3
+    embeddings = directions[labels] + 0.06 * torch.randn(64, size, generator=generator)
+    loss, *gradients = against_reference(head, embeddings, labels, expectation=head.expectation, seen=head.expectation_seen)
+    assert loss < 1e-3
+    assert all(1e-4 < error < 5e-3 for error in gradients)
 
 
 class Allocations(TorchDispatchMode):
@@ -382,3 +463,130 @@ def test_only_prepare_looks_at_values(centers, sample_rate):
         head.gradient_norm()
         head.step(1e-3, 0.1)
     assert reads.found == []
+
+
+def test_evaluation_between_calls_and_a_skipped_step_do_not_move_t():
+    head = PartialFC(8, 10, 1.0, scale=32.0, curricular=True)
+    embeddings, labels = torch.randn(4, 8), torch.arange(4)
+
+    def t():
+        return float(head.state()["curricular_t"])
+
+    with torch.no_grad():
+        head(embeddings, labels)
+    head.step(0.0, 0.0)
+    assert t() == 0.0
+    head(embeddings.requires_grad_(), labels).backward()
+    head.discard()
+    assert t() == 0.0
+    for _ in range(2):  # two micro-batches of one step
+        head(embeddings, labels).backward()
+    head.step(0.0, 0.0)
+    mean = float(head.target_cosine)
+    assert t() == pytest.approx(0.01 * mean * 1.99, rel=1e-5)
+    resumed = PartialFC(8, 10, 1.0, scale=32.0, curricular=True)
+    resumed.load_state(head.state())
+    assert float(resumed.state()["curricular_t"]) == t()
+
+
+def test_what_was_prepared_or_pending_does_not_outlive_a_change():
+    head, labels = PartialFC(8, 50, 0.3, (1.0, 0.0, 0.2), 16.0), torch.tensor([0, 7])
+    embeddings = torch.randn(2, 8, requires_grad=True)
+
+    def scored():
+        head(embeddings, labels).backward()
+        rows = head.pending_gradient()[0]
+        head.discard()
+        return rows.numel()
+
+    head.prepare(labels)
+    head.set_stage(0.5, "learned", update_expectation=False)
+    assert scored() == 25
+    head.prepare(labels)
+    labels.copy_(torch.tensor([30, 31]))
+    head(embeddings, labels).backward()
+    assert {30, 31} <= set(head.pending_gradient()[0].tolist())
+    head.load_state({name: tensor.clone() for name, tensor in head.state().items()})
+    assert head.pending_gradient()[0].numel() == 0
+    head.set_stage(1.0, "replace", update_expectation=True)
+    head(embeddings, labels).backward()
+    head.prepare(labels)
+    head.step(0.0, 0.0)  # gives classes 30 and 31 their expectations, against which the same samples then have a loss
+    assert head(embeddings, labels) > 0.0
+
+
+def test_expectations_stay_where_the_stage_does_not_move_them():
+    head = PartialFC(8, 5, margin=(1.0, 0.0, 0.2))
+    head.set_stage(1.0, "learned", update_expectation=True)
+    head(torch.randn(2, 8, requires_grad=True), torch.tensor([0, 1])).backward()
+    head.set_stage(1.0, "learned", update_expectation=False)
+    head.step(0.1, 0.0)
+    assert not head.expectation_seen.any()
+
+
+def test_a_pending_gradient_that_was_handed_out_does_not_change():
+    head, labels = PartialFC(8, 5, margin=(1.0, 0.0, 0.2)), torch.tensor([0, 1])
+    head(torch.randn(2, 8, requires_grad=True), labels).backward()
+    before = head.pending_gradient()[1]
+    copy = before.clone()
+    head(torch.randn(2, 8, requires_grad=True), labels).backward()
+    assert torch.equal(before, copy)
+
+
+def test_a_second_backward_is_refused_and_counts_for_nothing():
+    head, labels = PartialFC(8, 5, margin=(1.0, 0.0, 0.2)), torch.tensor([0, 1])
+    loss = head(torch.randn(2, 8, requires_grad=True), labels)
+    loss.backward(retain_graph=True)
+    before = head.pending_gradient()[1]
+    with pytest.raises(RuntimeError, match="has been through backward already"):
+        loss.backward()
+    assert torch.equal(head.pending_gradient()[1], before)
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "labels", "message"),
+    [
+        (torch.zeros(4, 8), torch.tensor([1]), r"must be \[b, 8\] and \[b\], b > 0, got \(4, 8\) and \(1,\)"),
+        (torch.zeros(1, 7), torch.tensor([1]), r"got \(1, 7\)"),
+        (torch.zeros(0, 8), torch.zeros(0, dtype=torch.int64), r"b > 0"),
+        (torch.zeros(1, 8), torch.tensor([1.0]), "must be integers, got torch.float32"),
+    ],
+)
+def test_batches_that_do_not_fit_are_refused(embeddings, labels, message):
+    with pytest.raises(ValueError, match=message):
+        PartialFC(8, 5)(embeddings, labels)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"scale": 0.0}, "scale must be positive"),
+        ({"scale": math.inf}, "scale must be positive"),
+        ({"sample_rate": 1.5}, "sample_rate must lie in"),
+        ({"centers": "both"}, "centers must be one of learned, pco"),
+        ({"margin_gradient": "none"}, "margin_gradient must be one of"),
+        ({"margin": (math.inf, 0.0, 0.0)}, "margin must satisfy"),
+        ({"betas": (1.0, 0.9)}, "betas must lie in"),
+        ({"chunk_rows": 0}, "chunk_rows must be positive"),
+        ({"num_classes": 0}, "num_classes must be positive"),
+        ({"product_dtype": torch.float16}, "product_dtype must be torch.float32 or torch.bfloat16"),
+        ({"optimizer": "sgd"}, "optimizer must be row_sparse or dense"),
+    ],
+)
+def test_arguments_outside_their_range_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        PartialFC(**({"embedding_size": 8, "num_classes": 5} | arguments))
+
+
+def test_centers_and_states_that_do_not_fit_change_nothing():
+    head = PartialFC(8, 5)
+    before = head.weight.clone()
+    with pytest.raises(ValueError, match=r"of shape \(8,\) do not fit this rank's \(5, 8\)"):
+        head.weight = torch.ones(8)
+    state = {name: tensor.clone() for name, tensor in PartialFC(8, 5, seed=1).state().items()}
+    del state["curricular_t"]
+    with pytest.raises(ValueError, match="lacks curricular_t"):
+        head.load_state(state)
+    assert torch.equal(head.weight, before)
+    head.weight = torch.nn.Parameter(torch.ones(5, 8))
+    assert not head.weight.requires_grad

@@ -19,7 +19,7 @@ from train.checkpoint import CheckpointError, Checkpoints, Identity, Saved
 from train.config import ConfigError, RunConfig
 from train.dist import RankError, Ranks
 from train.ds_config import DeepSpeedSummary
-from train.engine import build_engine, build_optimizer
+from train.engine import build_engine, build_optimizer, require_compiler
 from train.metrics import BuildInfo, Metrics, PhaseTimer
 from train.report import announce
 from train.run import Run
@@ -38,6 +38,8 @@ def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks:
     lock = ranks.together(lambda: _lock(cfg.output, ranks.say) if ranks.is_first else None)
     if cfg.eval:
         ranks.together(lambda: find_pairs(cfg.eval.images, cfg.eval.pairs) if ranks.is_first else None)
+    if cfg.model.compile:
+        ranks.together(lambda: require_compiler(ranks.device))
     numerics = {key: ds_config[key] for key in _NUMERIC_SECTIONS if key in ds_config}
     identity = Identity(ranks.world_size, summary.zero_stage, summary.precision, cfg.mathematics(), numerics)
     checkpoints = Checkpoints(cfg.output / "checkpoints", ranks, identity, cfg.checkpoint.keep_last, cfg.model.name)
@@ -62,7 +64,7 @@ def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks:
         activation_checkpointing=cfg.model.activation_checkpointing,
     )
     optimizer = ranks.together(lambda: build_optimizer(backbone, cfg.optimizer))
-    engine = build_engine(backbone, optimizer, ds_config)
+    engine = build_engine(backbone, optimizer, ds_config, compiled=cfg.model.compile)
     margin = cfg.head.margin
     head = PartialFC(
         cfg.model.embedding_size,
@@ -70,6 +72,9 @@ def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks:
         margin=(margin.m1, margin.m2, margin.m3),
         scale=cfg.head.scale,
         margin_gradient=cfg.head.margin_gradient,
+        curricular=margin.curricular,
+        product_dtype=_product_dtype(cfg.head.product_dtype, summary.precision, ranks.device),
+        chunk_rows=cfg.head.chunk_rows,
         group=ranks.group,
         seed=cfg.seed,
         optimizer=cfg.head.optimizer,
@@ -85,6 +90,13 @@ def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks:
         run.resume(saved)
     announce(run, ds_config, summary)
     return run
+
+
+def _product_dtype(choice: str, precision: str, device: torch.device) -> torch.dtype:
+    """Of the head's operands; see HeadConfig. ``precision``: DeepSpeed's."""
+    if choice == "auto":
+        choice = "bfloat16" if device.type == "cuda" and precision != "fp32" else "float32"
+    return getattr(torch, choice)
 
 
 def _lock(output: Path, say: Callable[[str], None]) -> TextIO | None:

@@ -49,6 +49,7 @@ class ModelConfig(Section):
     mask_ratio: Fraction = 0.0  # share of the 144 tokens dropped in training
     drop_path: Fraction | None = None  # rate of the last block; null: the preset's
     activation_checkpointing: bool = False  # recompute the blocks in backward: less memory, a third more compute
+    compile: bool = False  # torch.compile: fused kernels, rounded otherwise; needs a compiler, a minute at the start, and ZeRO 1 or 2
 
 
 class MarginConfig(Section):
@@ -57,6 +58,7 @@ class MarginConfig(Section):
     m1: Annotated[float, Field(ge=1)] = 1.0  # factor (SphereFace)
     m2: Annotated[float, Field(ge=0, lt=math.pi)] = 0.0  # radians (ArcFace)
     m3: Probability = 0.4  # cosine (CosFace)
+    curricular: bool = False  # hard negatives count for more, as in CurricularFace
 
 
 class HeadConfig(Section):
@@ -66,6 +68,10 @@ class HeadConfig(Section):
     scale: Annotated[float, Field(gt=0, le=128)] = 64.0  # s
     margin_gradient: Literal["exact", "straight_through"] = "exact"  # d logit/d cos: the true derivative, or s
     optimizer: Literal["row_sparse", "dense"] = "row_sparse"  # AdamW on the scored rows, or on all rows
+    # Operands of the head's matrix products; sums are float32. auto: bfloat16 on a GPU unless DeepSpeed's precision is fp32, else float32.
+    product_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    # Samples of the global micro-batch scored at a time: more memory, fewer passes over the centers. null: 512 on a CPU, 4096 on a GPU.
+    chunk_rows: PositiveInt | None = None
 
 
 class AugmentConfig(Section):
@@ -120,7 +126,8 @@ class StageConfig(Section):
     epochs: PositiveInt | None = None  # exactly one of epochs and steps is set
     steps: PositiveInt | None = None  # optimizer steps
     sample_rate: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of the class centers scored per step
-    centers: Literal["learned", "pco"] = "learned"  # class centers alone, or with the expectations as second anchors
+    # Scored against: the class centers, or these and the expectations (pco, pco_shared, epl), or the expectations alone (replace).
+    centers: Literal["learned", "pco", "pco_shared", "epl", "replace"] = "learned"
     update_expectation: bool = False  # move the expectations with every applied step
 
 
@@ -241,8 +248,8 @@ def _stage_problems(run: RunConfig) -> Iterator[Problem]:
             given = "both" if stage.epochs else "neither"
             yield key, f"stage {stage.name!r} needs exactly one of epochs and steps, got {given}"
         expectation_exists |= stage.update_expectation
-        if stage.centers == "pco" and not expectation_exists:
-            yield (*key, "centers"), "pco needs expectations: set update_expectation: true in this stage or an earlier one"
+        if stage.centers != "learned" and not expectation_exists:
+            yield (*key, "centers"), f"{stage.centers} needs expectations: set update_expectation: true in this stage or an earlier one"
 
 
 def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -216,6 +216,8 @@ def _judge(data: dict[str, Any], sections: dict[str, Any], run: RunConfig, devic
     refuse(mixed, "data_types.grad_accum_dtype", f"must be fp32 or the precision ({precision}), got {accumulate}")
 
     refuse(zero.stage == 0, "zero_optimization.stage", f"ZeRO 0 with {precision} {_ZERO_0[precision]}; use stage 1, 2 or 3")
+    hooks = "3 gathers each layer's weights in a hook, where torch.compile breaks its graph: nothing fuses; use 1 or 2"
+    refuse(zero.stage == 3 and run.model.compile, "zero_optimization.stage", f"{hooks}, or model.compile=false in the recipe")
     refuse(not zero.compute_grad_norm, "zero_optimization.compute_grad_norm", "false removes the guard against NaN and the clipping")
     for name in ("zenflow", "zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights"):
         refuse(getattr(zero, name), f"zero_optimization.{name}", _NO_COMPILER)

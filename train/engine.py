@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from train.config import ConfigError, OptimizerConfig
 
 
-def build_engine(backbone: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict):
+def build_engine(backbone: nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict, *, compiled: bool = False):
     """``deepspeed.initialize`` of the backbone alone; the head stays outside.
 
     Clipping, accumulation and precision stand in ``ds_config`` (see train.ds_config). Collectives: parameters are broadcast from rank 0.
@@ -17,7 +17,29 @@ def build_engine(backbone: nn.Module, optimizer: torch.optim.Optimizer, ds_confi
     import deepspeed
 
     engine, *_ = deepspeed.initialize(model=backbone, optimizer=optimizer, config=ds_config)
+    if compiled:
+        compile_in_place(engine.module)
     return engine
+
+
+def compile_in_place(backbone: nn.Module) -> None:
+    """Compile ``backbone`` at its first call, once for training and once for evaluation. The keys of its state_dict stay as they are.
+
+    Random numbers still come from torch's own generator and in the same order, so dropped patches and paths are those of the eager run.
+    """
+    backbone.compile(options={"fallback_random": True})
+
+
+def require_compiler(device: torch.device) -> None:
+    """Compile a trifle for ``device``; ConfigError if that fails. ``torch.compile`` itself would fail at the first step, at length."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # of many kinds: no compiler, one without Python's headers, no Triton
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"model.compile: torch.compile does not work here ({reason}): it needs a C++ compiler and Python's headers, on Debian "
+            "`apt-get install g++ python3-dev` (CXX names another compiler); or set model.compile=false"
+        ) from error
 
 
 def build_optimizer(backbone: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:

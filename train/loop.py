@@ -21,6 +21,8 @@ def train(run: Run) -> None:
         for _ in range(run.cfg.batch.grad_accum_steps):
             with phase("data"):
                 batch = next(run.batches)  # images [b, 3, 112, 112], labels [b] int64
+            with phase("head"):
+                run.head.prepare(batch.labels)  # before the backbone is queued: on a GPU this waits for the device, nothing after it does
             with phase("forward"):
                 embeddings = run.engine(batch.images)  # [b, D]
             with phase("head"):

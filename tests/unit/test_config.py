@@ -227,7 +227,7 @@ def test_the_resolved_recipe_reads_back_as_an_equal_object(recipe, tmp_path):
 SAME = ["output=elsewhere", "resume=never", "metrics.port=0", "checkpoint.every_steps=5", "data.path=moved", "data.num_threads=7",
         "model.activation_checkpointing=true", "eval={images: i, pairs: p}"]  # fmt: skip
 OTHER = ["seed=1", "optimizer.lr=1e-3", "batch.micro_batch_size=3", "stages.0.epochs=1", "head.margin.m2=0.4", "data.augment.flip=0",
-         "model.mask_ratio=0.1", "schedule.decay=polynomial", "data.min_images_per_identity=2"]  # fmt: skip
+         "model.mask_ratio=0.1", "model.compile=true", "schedule.decay=polynomial", "data.min_images_per_identity=2"]  # fmt: skip
 
 
 def test_the_recipe_hash_ignores_where_and_how_a_run_is_watched(recipe):

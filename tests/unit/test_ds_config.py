@@ -203,6 +203,16 @@ def test_optimizer_offload_runs_the_recipes_torch_optimizer_and_no_other(tmp_pat
     assert line.startswith("zero_optimization.offload_optimizer: needs optimizer.impl: torch in the recipe")
 
 
+def test_a_compiled_backbone_is_refused_under_zero_3_alone(tmp_path, refusal):
+    run = recipe()
+    run = run.model_copy(update={"model": run.model.model_copy(update={"compile": True})})
+    (line,) = refusal({"zero_optimization": {"stage": 3}}, run=run)
+    assert line.startswith("zero_optimization.stage: 3 gathers each layer's weights in a hook, where torch.compile breaks its graph")
+    assert "model.compile=false" in line
+    for stage in (1, 2):
+        load(tmp_path / "x.json", {"zero_optimization": {"stage": stage}}, run=run)
+
+
 def test_bfloat16_autocast_is_a_precision_of_its_own(tmp_path):
     _, summary = load(tmp_path / "x.json", {**ZERO_1, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}})
     assert summary == DeepSpeedSummary(1, "bf16_autocast")

@@ -15,9 +15,7 @@ import argparse
 import csv
 import multiprocessing
 import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +27,7 @@ from torch import Tensor
 from model.class_shard import ClassShard, sample_centers
 from model.optimizer import RowSparseAdamW
 from model.partial_fc import PartialFC
+from tests.bench.timing import medians
 
 MARGIN, SCALE, WEIGHT_DECAY, LR = 0.4, 64.0, 0.1, 1e-3  # CosFace
 MIB = 2**20
@@ -46,7 +45,7 @@ class Case:
     centers: str = "learned"
     with_step: bool = False  # AdamW as well
     ranks: int = 1  # how many share the samples' classes evenly: this one owns the classes of B / ranks samples
-    chunk_rows: int = 512
+    chunk_rows: int | None = None  # the head's own choice
 
     @property
     def S(self) -> int:
@@ -78,7 +77,7 @@ REAL_MEMORY = [
     Case("early, 64 ranks of 384", 24576, 32186, 512, sample_rate=0.3, with_step=True, ranks=64),
     Case("stable (pco), 64 ranks of 384", 24576, 32186, 512, centers="pco", with_step=True, ranks=64),
 ]
-REAL_CHUNKS = (128, 256, 512, 1024, 2048)
+REAL_CHUNKS = {"cpu": (128, 256, 512, 1024, 2048), "cuda": (256, 512, 1024, 2048)}
 REAL_CLASSES = 2_059_906
 
 
@@ -109,7 +108,7 @@ class Row:
             "C": case.C,
             "S": case.S,
             "D": case.D,
-            "chunk": case.chunk_rows,
+            "chunk": case.chunk_rows or "default",
             "floor ms": self.floor_ms and ms(self.floor_ms),
             "head ms": self.head_ms and ms(self.head_ms),
             "head / floor": ratio and f"{ratio:.3f}",
@@ -226,31 +225,6 @@ def check_equality(device: str) -> list[str]:
             if not error <= allowed:
                 failures.append(f"{case.name}: {name} differs from the plain head by {error:.1e}, more than {allowed:.0e}")
     return failures
-
-
-def milliseconds(run: Callable[[], object], device: str) -> float:
-    """Of one call: CPU time of this process, or the time between two events of the GPU."""
-    if device == "cpu":
-        begin = time.process_time()
-        run()
-        return 1e3 * (time.process_time() - begin)
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
-
-
-def medians(contenders: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
-    """Median milliseconds of each, after one call to warm up; they take turns, so that what disturbs one disturbs all."""
-    for run in contenders.values():
-        run()
-    times = {name: [] for name in contenders}
-    for _ in range(repeats):
-        for name, run in contenders.items():
-            times[name].append(milliseconds(run, device))
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def time_case(case: Case, repeats: int, device: str, plain: bool = True) -> Row:
@@ -370,7 +344,7 @@ def machine_name(device: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.bench_head", description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--sizes", choices=("real", "tiny"), default="real", help="tiny: a hundredth of everything, to see that it runs")
+    parser.add_argument("--sizes", choices=("real", "tiny"), default="real", help="tiny: small and few cases, to see that it runs")
     parser.add_argument("--repeats", type=int, default=7, help="timed steps of each contender; the median counts")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for bench_head.csv and bench_head.png")
     arguments = parser.parse_args()
@@ -387,14 +361,14 @@ def main() -> int:
     size = tiny if arguments.sizes == "tiny" else (lambda case: case)
     rows = [time_case(size(case), repeats, device) for case in REAL_TIMED]
     print_rows(rows)
-    for case in map(size, REAL_MEMORY):
+    for case in map(size, REAL_MEMORY if arguments.sizes == "real" else REAL_MEMORY[:1]):
         row = Row("memory", case, head_mib=peak_extra(case, "head", device))
         if case.four_matrices < 6000:
             row.plain_mib = peak_extra(case, "plain", device)
         rows.append(row)
     print_rows(rows[len(REAL_TIMED) :])
     sweep = []
-    for chunk_rows in REAL_CHUNKS if arguments.sizes == "real" else (8, 16):
+    for chunk_rows in REAL_CHUNKS[device] if arguments.sizes == "real" else (16,):
         case = replace(size(REAL_TIMED[0]), chunk_rows=chunk_rows)
         row = replace(time_case(case, repeats, device, plain=False), what="chunks")
         row.head_mib = peak_extra(case, "head", device)

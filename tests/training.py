@@ -16,7 +16,7 @@ from data_pipeline.pack import pack
 from data_pipeline.synthetic import write_synthetic
 
 ROOT = Path(__file__).resolve().parents[1]
-IDENTITIES, IMAGES = 12, 8
+IDENTITIES, IMAGES = 48, 2
 
 
 def free_port() -> int:
@@ -33,7 +33,7 @@ def free_port() -> int:
 
 
 def packed_faces(folder: Path) -> Path:
-    """96 synthetic images of 12 identities in 2 shards."""
+    """96 synthetic images of 48 identities in 2 shards: a batch meets fewer than half of them, so a sample of half has negatives."""
     write_synthetic(folder / "faces", IDENTITIES, IMAGES, seed=0)
     pack(folder / "faces", folder / "shards", 2)
     return folder / "shards"
@@ -47,7 +47,7 @@ def write_recipe(path: Path, data: Path, output: Path, **changes) -> Path:
     recipe = {
         "output": str(output),
         "model": {"name": "vit_xxt", "embedding_size": 32, "mask_ratio": 0.2, "drop_path": 0.2},
-        "head": {"margin": {"m1": 1.0, "m2": 0.3, "m3": 0.1}, "scale": 16.0},
+        "head": {"margin": {"m1": 1.0, "m2": 0.3, "m3": 0.1, "curricular": True}, "scale": 16.0},
         "data": {"path": str(data), "num_threads": 1, "augment": {"flip": 0.5, "shift_px": 3, "brightness": 0.2}},
         "batch": {"micro_batch_size": 8, "grad_accum_steps": 2},
         "schedule": {"warmup_steps": 2},

@@ -10,7 +10,7 @@ import yaml
 from data_pipeline.shard_set import open_set
 from tests.launch import errors, launch
 from tests.ranks import run_ranks
-from tests.training import ROOT, losses, packed_faces, train_on_rank, write_recipe
+from tests.training import IDENTITIES, ROOT, losses, packed_faces, train_on_rank, write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_a_label_outside_the_classes_stops_every_rank_and_loses_no_checkpoint(sh
     finally:
         faces.shards[0].write_bytes(sound)
     assert result.returncode != 0
-    assert "label 77, expected a whole number in [0, 12)" in errors(result)[0]
+    assert f"label 77, expected a whole number in [0, {IDENTITIES})" in errors(result)[0]
     assert (checkpoints / "latest").read_text() >= "step_00000004\n"
     assert launch(recipe, ranks=2).returncode == 0
     assert len(losses(tmp_path / "run")) == 8
@@ -114,7 +114,7 @@ def test_a_set_of_another_class_count_than_the_checkpoint_is_refused(recipe, tmp
     assert launch(recipe, ranks=1).returncode == 0
     result = launch(recipe, "data.min_images_per_identity=1", f"data.path={packed_faces_of(11, tmp_path)}")
     assert result.returncode == 2
-    assert "num_classes: 12 in the state, 11 here" in errors(result)[0]
+    assert f"num_classes: {IDENTITIES} in the state, 11 here" in errors(result)[0]
 
 
 def packed_faces_of(identities, folder):

@@ -121,20 +121,27 @@ def build_centers_optimizer(kind: CentersOptimizerKind, weight: Tensor, betas: t
     raise ValueError(f"optimizer must be row_sparse or dense, got {kind!r}")
 
 
-def add_rows(total: RowGradient, more: RowGradient) -> RowGradient:
-    """Sum of two row-sparse matrices (sorted distinct rows [S] int64, or None for all; values [S, D]).
+def unite_rows(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """(sorted distinct rows of both, place among them of each row of ``one``, then of ``other``). A GPU's host waits for their number."""
+    return torch.cat([one, other]).unique(return_inverse=True)
 
-    May change ``total``. Where both name their rows, a GPU's host waits for the number of distinct ones.
+
+def add_rows(total: RowGradient, more: RowGradient, united: tuple[Tensor, Tensor] | None = None) -> RowGradient:
+    """Sum of two row-sparse matrices (sorted distinct rows [S] int64, or None for all; values [S, D]). May change ``total``.
+
+    ``united``: :func:`unite_rows` of their rows, if it is known already.
     """
+    if not len(total[1]) or not len(more[1]):
+        return total if len(total[1]) else more
     if total[0] is None and more[0] is None:
         return None, total[1].add_(more[1])
     if total[0] is None:
         return None, total[1].index_add_(0, *more)
     if more[0] is None:
         return add_rows(more, total)
-    rows, inverse = torch.cat([total[0], more[0]]).unique(return_inverse=True)
+    rows, places = unite_rows(total[0], more[0]) if united is None else united
     values = total[1].new_zeros(rows.numel(), total[1].shape[1])
-    for place, (_, part) in zip(inverse.split([total[0].numel(), more[0].numel()]), (total, more), strict=True):
+    for place, (_, part) in zip(places.split([total[0].numel(), more[0].numel()]), (total, more), strict=True):
         values.index_add_(0, place, part)
     return rows, values
 

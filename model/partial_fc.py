@@ -15,7 +15,7 @@ from model.class_shard import ClassShard, initial_centers, sample_centers, true_
 from model.collectives import Collectives
 from model.kernels.products import Products
 from model.margin import MARGIN_GRADIENTS, MarginGradient, check_margin, curricular_t
-from model.optimizer import CentersOptimizerKind, RowGradient, add_rows, build_centers_optimizer
+from model.optimizer import CentersOptimizerKind, RowGradient, add_rows, build_centers_optimizer, unite_rows
 from model.prototypes import Expectation
 from model.sharded_softmax import Anchor, AnchorName, Objective, ShardedSoftmax, Term, normalize, normalize_backward_
 
@@ -227,7 +227,10 @@ class PartialFC:
         if self.centers != "learned" and not self.expectation_seen.all():
             with_expectation = true_rows(self.expectation_seen) if rows is None else rows[self.expectation_seen[rows]]
         owned = true_rows(targets >= 0) if self.update_expectation else None
-        return _Choice(targets, rows, with_expectation, owned)
+        pending, union = self._pending.gradient, None
+        if rows is not None and pending is not None and pending[0] is not None:
+            union = _Union(pending[0], unite_rows(pending[0], rows))
+        return _Choice(targets, rows, with_expectation, owned, union)
 
     def _anchors(self, choice: _Choice) -> dict[AnchorName, Anchor]:
         """What the terms of the loss name."""
@@ -310,6 +313,15 @@ class _Choice:
     rows: Tensor | None  # [S] int64 sorted local rows that are scored; None: all
     with_expectation: Tensor | None  # those of them that have an expectation; None: all
     owned: Tensor | None  # [n] int64 samples whose class this rank owns; None where the expectations do not move
+    union: _Union | None  # of the rows with those of earlier micro-batches of the step, if both are named
+
+
+@dataclass(frozen=True)
+class _Union:
+    """``unite_rows`` of ``pending`` and a micro-batch's rows; made while the choice reads the device anyway."""
+
+    pending: Tensor
+    united: tuple[Tensor, Tensor]
 
 
 @dataclass
@@ -322,8 +334,13 @@ class _Pending:
     samples: list[Tensor] = field(default_factory=list)  # [n, D] float32 their unit embeddings
     t: Tensor | None = None  # of CurricularFace after the last of them
 
-    def add(self, gradient: RowGradient) -> None:
-        self.gradient = gradient if self.gradient is None else add_rows(self.gradient, gradient)
+    def add(self, gradient: RowGradient, union: _Union | None) -> None:
+        """``union`` is of no use if other micro-batches came between."""
+        if self.gradient is None:
+            self.gradient = gradient
+        else:
+            known = union is not None and union.pending is self.gradient[0]
+            self.gradient = add_rows(self.gradient, gradient, union.united if known else None)
         self.micro_batches += 1
 
     def mean_gradient(self, weight: Tensor) -> RowGradient:
@@ -353,8 +370,9 @@ class _Loss(torch.autograd.Function):
             head._pending.t = t
             scattering = head._ranks.scatter_sum(walked.grad_samples)
             if walked.grad_centers is None:
-                ctx.gradient = _no_gradient(head.weight)
+                ctx.gradient, ctx.union = _no_gradient(head.weight), None
             else:
+                ctx.union = choice.union
                 ctx.gradient = choice.rows, normalize_backward_(walked.grad_centers, anchors[_W].unit, anchors[_W].norm)
             feature_grad = normalize_backward_(scattering(), lambda block: unit[block], norm)
             # A sum is finite only if every summand is. One of finite gradients that overflows float32 is no better.
@@ -370,7 +388,7 @@ class _Loss(torch.autograd.Function):
         head, grad = ctx.head, ctx.feature_grad
         if grad is None:
             raise RuntimeError("this loss has been through backward already: its gradients were handed on, and are gone")
-        head._pending.add(ctx.gradient)
+        head._pending.add(ctx.gradient, ctx.union)
         if ctx.owned:
             head._pending.targets.append(ctx.owned[0])
             head._pending.samples.append(ctx.owned[1])

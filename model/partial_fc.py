@@ -378,7 +378,7 @@ class _Loss(torch.autograd.Function):
             # A sum is finite only if every summand is. One of finite gradients that overflows float32 is no better.
             finite = torch.stack([norm.sum(), feature_grad.sum(), ctx.gradient[1].sum()]).isfinite().all()
             ctx.any_not_finite = head._ranks.sum((~finite).float())
-            ctx.owned = (choice.targets[choice.owned], samples[choice.owned]) if head.update_expectation else None
+            ctx.owned = None if choice.owned is None else (choice.targets[choice.owned], samples[choice.owned])
             ctx.head, ctx.dtype, ctx.feature_grad = head, embeddings.dtype, feature_grad
         return walked.loss
 

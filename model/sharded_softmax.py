@@ -234,8 +234,7 @@ class ShardedSoftmax:
         scaled = products.operand(x * self._objective.scale)
         if self._shifted or t is not None:
             logits = products.mm(scaled, anchor.operand.T, out=exps if exps.dtype == torch.float32 else None)
-            hardest = unified_margin(target_cosine[rows], self._objective.margin).float().unsqueeze(1)
-            slope = None if t is None else self._modulate(logits, hardest, t)
+            slope = None if t is None else self._modulate(logits, target_cosine[rows], t)
             write_own(logits, anchor.columns[rows], logits.new_full((len(x),), -math.inf))
             shift = self._highest(logits) if self._shifted else logits.new_zeros(len(x))
             sums = logits.sub_(shift.unsqueeze(1)).exp_().sum(1)
@@ -250,8 +249,9 @@ class ShardedSoftmax:
                 part.copy_(products.operand(part))
         return sums, shift
 
-    def _modulate(self, logits: Tensor, hardest: Tensor, t: Tensor) -> Tensor:
-        """CurricularFace: change ``logits`` [n, S] in place and return the slopes. ``hardest`` [n, 1]: target cosine under the margin."""
+    def _modulate(self, logits: Tensor, target_cosine: Tensor, t: Tensor) -> Tensor:
+        """CurricularFace: change ``logits`` [n, S] in place and return the slopes. ``target_cosine``: [n] without the margin."""
+        hardest = unified_margin(target_cosine, self._objective.margin).float().unsqueeze(1)
         slope = torch.empty_like(logits)
         for part, part_slope in zip(logits.split(_BLOCK_COLUMNS, 1), slope.split(_BLOCK_COLUMNS, 1), strict=True):
             cosine, change = curricular_negatives(part / self._objective.scale, hardest, t)

@@ -10,41 +10,51 @@ from torch import Tensor
 
 MarginGradient = Literal["exact", "straight_through"]
 MARGIN_GRADIENTS = ("exact", "straight_through")
+Margin = tuple[float, float | Tensor, float | Tensor]  # (m1, m2, m3): factor on the angle, radians, cosine; a tensor has one a sample
 
 
-def unified_margin(cosine: Tensor, margin: tuple[float, float, float]) -> Tensor:
+def unified_margin(cosine: Tensor, margin: Margin) -> Tensor:
     """Target cosine under the unified margin, before the scale: ``cos(m1 theta + m2) - m3``.
 
     SphereFace (m1 > 1), ArcFace (m2 > 0; arXiv:1801.07698, Eq. 4 has all three) and CosFace (m3 > 0). Where ``m1 theta + m2`` would pass
     pi, the cosine part goes on as ``cos(theta) - cos(theta_pi) - 1`` with ``m1 theta_pi + m2 = pi``: it joins without a jump, keeps
     falling with theta (no fold-back) and keeps slope 1 in the cosine, so the hardest samples still get a gradient. The field's ArcFace
-    continues with slope 1 as well, but jumps there from -1 to ``-cos(m2) - m2 sin(m2)``.
+    continues with slope 1 as well, but jumps there from -1 to ``-cos(m2) - m2 sin(m2)``. Where a negative m2 (AdaFace) takes the angle
+    below 0, the cosine part stays at 1.
 
     Args:
         cosine: any shape, floating; values outside [-1, 1] by round-off are clamped.
-        margin: (m1, m2, m3): factor on the angle, radians, cosine.
-    Returns: the same shape and dtype, differentiable in ``cosine`` except at theta = 0 and theta = theta_pi.
+        margin: tensors in it have the shape of ``cosine``.
+    Returns: the shape and dtype of ``cosine``, differentiable in it and in m2 and m3, except where two pieces join and at theta = 0.
     """
     m1, m2, m3 = margin
-    if m1 == 1.0 and m2 == 0.0:
+    if _is_cosine_alone(m1, m2):
         return cosine - m3
-    theta = torch.acos(_inside(cosine))
-    return torch.where(m1 * theta + m2 <= math.pi, torch.cos(m1 * theta + m2), cosine - _cosine_at_pi(m1, m2) - 1.0) - m3
+    angle = m1 * torch.acos(_inside(cosine)) + m2
+    beyond = cosine - _cos((math.pi - m2) / m1) - 1.0
+    return torch.where(angle <= math.pi, torch.cos(angle.clamp(min=0.0)), beyond) - m3
 
 
-def margin_slope(cosine: Tensor, margin: tuple[float, float, float], gradient: MarginGradient) -> Tensor:
+def margin_slope(cosine: Tensor, margin: Margin, gradient: MarginGradient) -> Tensor:
     """d(target cosine under the margin) / d(cosine), same shape as ``cosine``.
 
     ``exact`` is the true derivative ``m1 sin(m1 theta + m2) / sin(theta)``; it grows without bound as theta -> 0 and is capped only by
     the clamp of the cosine to the open interval (-1, 1). ``straight_through`` is 1: what the field's published numbers were trained with.
     """
     m1, m2, _ = margin
-    if gradient == "straight_through" or (m1 == 1.0 and m2 == 0.0):
+    if gradient == "straight_through" or _is_cosine_alone(m1, m2):
         return torch.ones_like(cosine)
     inside = _inside(cosine)
     angle = m1 * torch.acos(inside) + m2
-    slope = m1 * torch.sin(angle) / torch.sqrt((1.0 - inside) * (1.0 + inside))
+    slope = m1 * torch.sin(angle.clamp(min=0.0)) / torch.sqrt((1.0 - inside) * (1.0 + inside))
     return torch.where(angle <= math.pi, slope, 1.0)
+
+
+def margin_slope_in_m2(cosine: Tensor, margin: Margin) -> Tensor:
+    """d(target cosine under the margin) / d(m2), same shape as ``cosine``: ``-sin(m1 theta + m2)``, and past pi what joins it."""
+    m1, m2, _ = margin
+    angle = m1 * torch.acos(_inside(cosine)) + m2
+    return torch.where(angle <= math.pi, -torch.sin(angle.clamp(min=0.0)), -_sin((math.pi - m2) / m1) / m1)
 
 
 def curricular_negatives(cosine: Tensor, target: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,5 +91,13 @@ def _inside(cosine: Tensor) -> Tensor:
     return cosine.clamp(-edge, edge)
 
 
-def _cosine_at_pi(m1: float, m2: float) -> float:
-    return math.cos((math.pi - m2) / m1)
+def _is_cosine_alone(m1: float, m2: float | Tensor) -> bool:
+    return m1 == 1.0 and not isinstance(m2, Tensor) and m2 == 0.0
+
+
+def _cos(x: float | Tensor) -> float | Tensor:
+    return torch.cos(x) if isinstance(x, Tensor) else math.cos(x)
+
+
+def _sin(x: float | Tensor) -> float | Tensor:
+    return torch.sin(x) if isinstance(x, Tensor) else math.sin(x)

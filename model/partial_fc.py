@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.anchor import Anchor, AnchorName, InjectedAnchor, LearnedAnchor, normalize, normalize_backward_
 from model.class_shard import ClassShard, initial_centers, sample_centers, true_rows
 from model.collectives import Collectives
 from model.kernels.products import Products
 from model.margin import MARGIN_GRADIENTS, MarginGradient, check_margin, curricular_t
-from model.optimizer import CentersOptimizerKind, RowGradient, add_rows, build_centers_optimizer, unite_rows
-from model.prototypes import Expectation
-from model.sharded_softmax import Anchor, AnchorName, Objective, ShardedSoftmax, Term, normalize, normalize_backward_
+from model.norm_margin import AdaFace, NormMargin, NormStatistics, SampleMargin, next_norm_statistics
+from model.optimizer import CentersOptimizerKind, RowGradient, RowSparseAdamW, add_rows, build_centers_optimizer, unite_rows
+from model.prototypes import Expectation, LastEmbeddings
+from model.sharded_softmax import Batch, Objective, ShardedSoftmax, Term
+from model.unified_threshold import ShardedThreshold, initial_bias
 
-Centers = Literal["learned", "pco", "pco_shared", "epl", "replace"]
+Centers = Literal["learned", "pco", "pco_shared", "epl", "replace", "vpl"]
 CENTERS: tuple[Centers, ...] = get_args(Centers)
+Loss = Literal["softmax", "uniface"]
+LOSSES: tuple[Loss, ...] = get_args(Loss)
+Margin = tuple[float, float, float] | NormMargin
 _CHUNK_ROWS = {"cpu": 512, "cuda": 4096}
+_ROWS_AT_ONCE = 16384  # classes whose statistics are computed at a time
 _W, _E = "learned", "expectation"
 _TERMS: dict[Centers, tuple[Term, ...]] = {
     "learned": (Term(_W, _W),),
@@ -29,6 +37,7 @@ _TERMS: dict[Centers, tuple[Term, ...]] = {
     "pco_shared": (Term(_W, _W), Term(_W, _E)),
     "epl": (Term(_W, _W), Term(_E, _E, detached=0.7)),
     "replace": (Term(_E, _E),),
+    "vpl": (Term(_W, _W),),  # of another w: see _anchors
 }
 
 
@@ -48,7 +57,7 @@ class PartialFC:
         embedding_size: int,
         num_classes: int,
         sample_rate: float = 1.0,
-        margin: tuple[float, float, float] = (1.0, 0.5, 0.0),
+        margin: Margin = (1.0, 0.5, 0.0),
         scale: float = 64.0,
         margin_gradient: MarginGradient = "exact",
         centers: Centers = "learned",
@@ -56,6 +65,8 @@ class PartialFC:
         seed: int = 0,
         *,
         curricular: bool = False,
+        loss: Loss = "softmax",
+        interclass_filter: float | None = None,
         product_dtype: torch.dtype | None = None,
         chunk_rows: int | None = None,
         optimizer: CentersOptimizerKind = "row_sparse",
@@ -68,13 +79,18 @@ class PartialFC:
             embedding_size: D.
             num_classes: C over all ranks.
             sample_rate: share of the C centers scored per micro-batch, in (0, 1].
-            margin: (m1, m2, m3): factor on the angle, radians, cosine; see :func:`model.margin.unified_margin`.
+            margin: (m1, m2, m3): factor on the angle, radians, cosine, see :func:`model.margin.unified_margin`; or AdaFace or MagFace of
+                :mod:`model.norm_margin`, which follow the embedding's norm.
             scale: s of the logits, positive.
             margin_gradient: ``exact`` or ``straight_through``; see :func:`model.margin.margin_slope`.
             centers: see :meth:`set_stage`.
             group: process group that shares the classes; None: the default group, or one process that owns every class.
             seed: of the initial centers and of the sampling.
             curricular: hard negatives as in CurricularFace; see :func:`model.margin.curricular_negatives`. Takes a second chunk buffer.
+            loss: ``softmax`` over the scored classes, or ``uniface``: every class against one learned threshold
+                (:mod:`model.unified_threshold`), in the centers modes of one term.
+            interclass_filter: leave out the negatives above this cosine, which may be a wrong label's true class; None: keep all. (The
+                field's filter sets their cosine to 0 instead, so that each still counts as a negative at right angles.)
             product_dtype: of the operands of matrix products, float32 or bfloat16; sums and results are float32. None: bfloat16 on CUDA,
                 float32 on a CPU.
             chunk_rows: samples of the global micro-batch that share the buffer at a time: more memory, fewer passes over the centers and
@@ -90,6 +106,10 @@ class PartialFC:
             raise ValueError(f"margin_gradient must be one of {', '.join(MARGIN_GRADIENTS)}, got {margin_gradient!r}")
         if not 0 < scale < math.inf:
             raise ValueError(f"scale must be positive, got {scale}")
+        if loss not in LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
+        if interclass_filter is not None and not 0.0 < interclass_filter < 1.0:
+            raise ValueError(f"interclass_filter must lie in (0, 1), got {interclass_filter}")
         if group is None and dist.is_initialized():
             group = dist.group.WORLD
         if device is None:
@@ -106,18 +126,29 @@ class PartialFC:
         self._products = Products(product_dtype, device)
         self._chunk_rows = chunk_rows
         self.shard = ClassShard(num_classes, self._ranks.rank, self._ranks.world_size)
-        self.margin, self.scale, self.margin_gradient = check_margin(margin), float(scale), margin_gradient
-        self.curricular, self._t = curricular, torch.zeros((), device=device)
+        self.scale, self.margin_gradient, self.loss, self.interclass_filter = float(scale), margin_gradient, loss, interclass_filter
+        self._moving = _Moving(torch.zeros((), device=device), NormStatistics.initial(device))
+        self._bias = torch.full((1, 1), initial_bias(max(1.0, sample_rate * num_classes)), device=device)
+        self._bias_optimizer = RowSparseAdamW(self._bias, betas, eps)
         self._weight = initial_centers(self.shard, embedding_size, seed).to(device)
         self._optimizer = build_centers_optimizer(optimizer, self._weight, betas, eps)
         self._expectation = Expectation(len(self.shard), embedding_size, device)
-        self._seed, self._draws = seed, 0
+        self._last_embeddings: LastEmbeddings | None = None  # while the centers are vpl
+        self._seed, self._draws, self._steps = seed, 0, 0
         self._prepared: _Prepared | None = None
         self._pending = _Pending()
-        self.target_cosine = torch.zeros((), device=device)  # mean cos_y of the last global micro-batch, before the margin
-        self.set_stage(sample_rate, centers, update_expectation=False)
+        # Of the last global micro-batch, before the margin: mean cos_y, mean of its square, and mean cosine to the own expectation.
+        self.target_cosine = self.target_cosine_square = self.expectation_cosine = torch.full((), math.nan, device=device)
+        self.set_stage(sample_rate, centers, update_expectation=False, margin=margin, curricular=curricular)
 
-    def set_stage(self, sample_rate: float, centers: Centers, update_expectation: bool) -> None:
+    def set_stage(
+        self,
+        sample_rate: float,
+        centers: Centers,
+        update_expectation: bool,
+        margin: Margin | None = None,
+        curricular: bool | None = None,
+    ) -> None:
         """Switch what the next forward scores and whether :meth:`step` moves the expectation.
 
         Args:
@@ -125,8 +156,10 @@ class PartialFC:
             centers: ``learned`` scores against the class centers w; ``pco`` adds the expectations e as a second anchor inside one logarithm
                 (LVFace, arXiv:2501.13420); ``pco_shared`` does too, but takes the negatives of the second term from w; ``epl`` is the mean
                 of two separate losses (arXiv:2405.12447); ``replace`` scores against e alone, and w gets no gradient. A class without an
-                expectation is no negative against e, and its samples have no such term.
+                expectation is no negative against e, and its samples have no such term. ``vpl`` scores against class centers that are drawn
+                towards the last embedding of their class (CVPR 2021); it remembers one more matrix [c, D] as long as the stage lasts.
             update_expectation: whether e moves.
+            margin, curricular: as of the constructor; None: as they are.
 
         Raises:
             ValueError: a value outside its range.
@@ -135,7 +168,18 @@ class PartialFC:
             raise ValueError(f"sample_rate must lie in (0, 1], got {sample_rate}")
         if centers not in CENTERS:
             raise ValueError(f"centers must be one of {', '.join(CENTERS)}, got {centers!r}")
+        margin = self.margin if margin is None else margin if isinstance(margin, NormMargin) else check_margin(margin)
+        curricular = self.curricular if curricular is None else bool(curricular)
+        if curricular and (isinstance(margin, NormMargin) or self.loss == "uniface"):
+            raise ValueError("curricular goes with a margin (m1, m2, m3) and loss softmax alone")
+        if self.loss == "uniface" and len(_TERMS[centers]) > 1:
+            raise ValueError(f"loss uniface has one term; centers {centers!r} have two")
         self.sample_rate, self.centers, self.update_expectation = float(sample_rate), centers, bool(update_expectation)
+        self.margin, self.curricular = margin, curricular
+        if centers != "vpl":
+            self._last_embeddings = None
+        elif self._last_embeddings is None:
+            self._last_embeddings = LastEmbeddings(*self._weight.shape, self._weight.device)
         self._prepared = None
 
     @property
@@ -224,9 +268,9 @@ class PartialFC:
         if self.sample_rate < 1.0:
             rows = sample_centers(self.shard, gathered, self.sample_rate, self._seed, self._draws)
         with_expectation = rows
-        if self.centers != "learned" and not self.expectation_seen.all():
+        if self.centers not in ("learned", "vpl") and not self.expectation_seen.all():
             with_expectation = true_rows(self.expectation_seen) if rows is None else rows[self.expectation_seen[rows]]
-        owned = true_rows(targets >= 0) if self.update_expectation else None
+        owned = true_rows(targets >= 0) if self.update_expectation or self.centers == "vpl" else None
         pending, union = self._pending.gradient, None
         if rows is not None and pending is not None and pending[0] is not None:
             union = _Union(pending[0], unite_rows(pending[0], rows))
@@ -235,16 +279,29 @@ class PartialFC:
     def _anchors(self, choice: _Choice) -> dict[AnchorName, Anchor]:
         """What the terms of the loss name."""
         named = {name for term in _TERMS[self.centers] for name in (term.negatives, term.target)}
-        tables = {_E: (self.expectation, choice.with_expectation), _W: (self.weight, choice.rows)}
-        return {
-            name: Anchor(table, rows, _columns(choice.targets, rows), name == _W, self._products)
-            for name, (table, rows) in tables.items()
-            if name in named
-        }
+        anchors: dict[AnchorName, Anchor] = {}
+        if _E in named:
+            rows = choice.with_expectation
+            anchors[_E] = Anchor(self.expectation, rows, _columns(choice.targets, rows), self._products)
+        if _W in named:
+            arguments = (self.weight, choice.rows, _columns(choice.targets, choice.rows), self._products)
+            if self._last_embeddings is None:
+                anchors[_W] = LearnedAnchor(*arguments)
+            else:
+                anchors[_W] = InjectedAnchor(*arguments, self._last_embeddings.rows, self._last_embeddings.shares(self._steps))
+        return anchors
 
-    def _objective(self) -> Objective:
-        joint = self.centers != "epl"
-        return Objective(_TERMS[self.centers], joint, self.margin, self.scale, self.margin_gradient, self.curricular)
+    def _walker(self, anchors: dict[AnchorName, Anchor]) -> ShardedSoftmax:
+        objective = Objective(
+            _TERMS[self.centers],
+            self.centers != "epl",
+            self.scale,
+            self.margin_gradient,
+            self.curricular,
+            self.interclass_filter,
+        )
+        arguments = (anchors, objective, self.num_classes, self._chunk_rows, self._ranks)
+        return ShardedThreshold(self._bias, *arguments) if self.loss == "uniface" else ShardedSoftmax(*arguments)
 
     def pending_gradient(self) -> tuple[Tensor, Tensor]:
         """(sorted local rows [S] int64, dL/dw of those rows [S, D] float32): the mean over the micro-batches since the last step."""
@@ -259,10 +316,17 @@ class PartialFC:
     def step(self, lr: float, weight_decay: float) -> None:
         """Apply the pending gradient to the centers and, if the stage says so, the pending samples to the expectation."""
         self._optimizer.step(*self._pending.mean_gradient(self.weight), lr=lr, weight_decay=weight_decay)
-        if self.update_expectation and self._pending.targets:
-            self._expectation.update(torch.cat(self._pending.targets), torch.cat(self._pending.samples))
-        if self._pending.t is not None:
-            self._t = self._pending.t
+        if self._pending.bias is not None:
+            self._bias_optimizer.step(None, self._pending.mean_bias_gradient(), lr=lr, weight_decay=0.0)
+        if self._pending.targets:
+            targets, samples = torch.cat(self._pending.targets), torch.cat(self._pending.samples)
+            if self.update_expectation:
+                self._expectation.update(targets, samples)
+            if self._last_embeddings is not None:
+                self._last_embeddings.update(targets, samples, self._steps)
+        if self._pending.moving is not None:
+            self._moving = self._pending.moving
+        self._steps += 1
         self.discard()
 
     def discard(self) -> None:
@@ -270,29 +334,92 @@ class PartialFC:
         self._pending = _Pending()
         self._prepared = None  # the expectations may have moved
 
+    def _move(self, mean_cosine: Tensor, norms: Tensor | None) -> tuple[_Moving, SampleMargin]:
+        """The running values after a micro-batch, and its margin. ``norms``: [B] float64, where the margin asks for them."""
+        now = self._moving if self._pending.moving is None else self._pending.moving
+        if self.curricular:
+            now = replace(now, t=curricular_t(now.t, mean_cosine))
+        if norms is None:
+            return now, SampleMargin(self.margin)
+        if isinstance(self.margin, AdaFace):
+            now = replace(now, norms=next_norm_statistics(now.norms, norms))
+        return now, self.margin.of(norms, now.norms)
+
+    @torch.no_grad()
+    def statistics(self) -> dict[str, float]:
+        """How the class centers and expectations of all ranks do, for a log; the host waits for the device. NaN: no meaning.
+
+        ``expectation_classes``: classes that have an expectation; ``center_expectation_cosine``: mean over them of cos(w_j, e_j);
+        ``expectation_drift``: mean of 1 - cos over the expectations that the last step moved; ``expectation_cosine``: mean cosine of the
+        last micro-batch to its own expectations; ``curricular_t``, ``uniface_bias``, ``norm_mean`` and ``norm_std``: state of these losses.
+
+        Collectives: one all-reduce of [4] float64.
+        """
+        seen = self.expectation_seen
+        own = torch.zeros(4, dtype=torch.float64, device=self.weight.device)
+        own[0] = seen.sum()
+        for weight, expectation in zip(self.weight.split(_ROWS_AT_ONCE), self.expectation.split(_ROWS_AT_ONCE), strict=True):
+            own[1] += F.cosine_similarity(weight, expectation).sum()  # e is 0 where it is not seen
+        own[2:] = self._expectation.drift
+        classes, cosines, drift, moved = self._ranks.sum(own)().tolist()
+        adaptive = isinstance(self.margin, AdaFace)
+        return {
+            "expectation_classes": classes,
+            "center_expectation_cosine": cosines / classes if classes else math.nan,
+            "expectation_drift": drift / moved if moved else math.nan,
+            "expectation_cosine": float(self.expectation_cosine),
+            "curricular_t": float(self._moving.t) if self.curricular else math.nan,
+            "uniface_bias": float(self._bias) if self.loss == "uniface" else math.nan,
+            "norm_mean": float(self._moving.norms.mean) if adaptive else math.nan,
+            "norm_std": float(self._moving.norms.std) if adaptive else math.nan,
+        }
+
     def state(self) -> dict[str, Tensor]:
         """Everything a checkpoint must hold of this rank's rows ``[class_start, class_start + c)``; tensors are not copied."""
         rows = {"weight": self.weight, "expectation": self.expectation, "expectation_seen": self.expectation_seen}
-        return {**rows, **self._optimizer.state(), "draws": torch.tensor(self._draws), "curricular_t": self._t}
+        if self._last_embeddings is not None:
+            rows |= {"last_embedding": self._last_embeddings.rows, "last_embedding_step": self._last_embeddings.written}
+        bias = {f"bias_{name}": tensor for name, tensor in self._bias_optimizer.state().items()}
+        counts = {"draws": torch.tensor(self._draws), "applied_steps": torch.tensor(self._steps)}
+        return {**rows, **self._optimizer.state(), "bias": self._bias, **bias, **counts, **self._moving.state()}
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take over :meth:`state` of the same rows; ValueError, with nothing changed, if something is missing or of another size."""
-        if missing := self.state().keys() - state.keys():
+        if missing := self.state().keys() - state.keys() - {"last_embedding", "last_embedding_step"}:
             raise ValueError(f"the state of a head lacks {', '.join(sorted(missing))}: it is of another version or optimizer")
         self.weight = state["weight"]
         self.expectation.copy_(state["expectation"])
         self.expectation_seen.copy_(state["expectation_seen"])
+        self._last_embeddings = None
+        if "last_embedding" in state:
+            self._last_embeddings = LastEmbeddings(*self._weight.shape, self._weight.device)
+            self._last_embeddings.rows.copy_(state["last_embedding"])
+            self._last_embeddings.written.copy_(state["last_embedding_step"])
+        elif self.centers == "vpl":
+            self._last_embeddings = LastEmbeddings(*self._weight.shape, self._weight.device)
         self._optimizer.load_state(state)
-        self._draws = int(state["draws"])
-        self._t = state["curricular_t"].to(self._t.device, copy=True)
+        self._bias.copy_(state["bias"])
+        self._bias_optimizer.load_state({name: state[f"bias_{name}"] for name in self._bias_optimizer.state()})
+        self._draws, self._steps = int(state["draws"]), int(state["applied_steps"])
+        self._moving = _Moving.from_state(state, self._weight.device)
         self.discard()
 
-    def _next_t(self, mean_cosine: Tensor) -> Tensor | None:
-        """t of CurricularFace for a micro-batch; None without it."""
-        if not self.curricular:
-            return None
-        return curricular_t(self._t if self._pending.t is None else self._pending.t, mean_cosine)
+
+@dataclass(frozen=True)
+class _Moving:
+    """Running values that move with every micro-batch, before its loss, and are kept if the step is applied."""
+
+    t: Tensor  # of CurricularFace
+    norms: NormStatistics  # of AdaFace
+
+    def state(self) -> dict[str, Tensor]:
+        return {"curricular_t": self.t, "norm_mean": self.norms.mean, "norm_std": self.norms.std}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor], device: torch.device) -> _Moving:
+        t, mean, std = (state[name].to(device, copy=True) for name in ("curricular_t", "norm_mean", "norm_std"))
+        return cls(t, NormStatistics(mean, std))
 
 
 @dataclass(frozen=True)
@@ -332,7 +459,8 @@ class _Pending:
     micro_batches: int = 0
     targets: list[Tensor] = field(default_factory=list)  # [n] int64 local rows of the samples that this rank owns, one a micro-batch
     samples: list[Tensor] = field(default_factory=list)  # [n, D] float32 their unit embeddings
-    t: Tensor | None = None  # of CurricularFace after the last of them
+    bias: Tensor | None = None  # [1, 1] float32 gradient of UniFace's bias, sum over micro-batches
+    moving: _Moving | None = None  # after the last of them
 
     def add(self, gradient: RowGradient, union: _Union | None) -> None:
         """``union`` is of no use if other micro-batches came between."""
@@ -350,6 +478,9 @@ class _Pending:
         rows, total = self.gradient
         return rows, total if self.micro_batches == 1 else total / self.micro_batches
 
+    def mean_bias_gradient(self) -> Tensor:
+        return self.bias / self.micro_batches
+
 
 class _Loss(torch.autograd.Function):
     """Loss and both gradients in forward; backward only hands them on, so that nothing of the chunks outlives them."""
@@ -358,28 +489,33 @@ class _Loss(torch.autograd.Function):
     def forward(ctx, embeddings: Tensor, head: PartialFC, choice: _Choice, with_gradients: bool) -> Tensor:
         unit, norm = normalize(embeddings.detach().float())
         gathering = head._ranks.gather(unit)
+        gathering_norms = head._ranks.gather(norm) if isinstance(head.margin, NormMargin) else None
         anchors = head._anchors(choice)
-        softmax = ShardedSoftmax(anchors, head._objective(), head.num_classes, head._chunk_rows, head._ranks)  # normalises meanwhile
+        walker = head._walker(anchors)  # normalises the class centers meanwhile
         samples = gathering()
-        cosines = softmax.target_cosines(samples)
-        mean_cosine = cosines[_E if head.centers == "replace" else _W].mean()
-        head.target_cosine = mean_cosine.float()
-        t = head._next_t(mean_cosine)
-        walked = softmax.walk(samples, cosines, t, with_gradients)
+        cosines = walker.target_cosines(samples)
+        own = cosines[_E if head.centers == "replace" else _W]
+        head.target_cosine, head.target_cosine_square = own.mean().float(), own.mean_square().float()
+        if _E in cosines:
+            head.expectation_cosine = cosines[_E].mean().float()
+        moving, margin = head._move(own.mean(), None if gathering_norms is None else gathering_norms().squeeze(1).double())
+        walked = walker.walk(Batch(samples, cosines, margin, moving.t if head.curricular else None), with_gradients)
         if with_gradients:
-            head._pending.t = t
+            head._pending.moving = moving
             scattering = head._ranks.scatter_sum(walked.grad_samples)
             if walked.grad_centers is None:
                 ctx.gradient, ctx.union = _no_gradient(head.weight), None
             else:
-                ctx.union = choice.union
-                ctx.gradient = choice.rows, normalize_backward_(walked.grad_centers, anchors[_W].unit, anchors[_W].norm)
+                ctx.gradient, ctx.union = (choice.rows, anchors[_W].backward_(walked.grad_centers)), choice.union
             feature_grad = normalize_backward_(scattering(), lambda block: unit[block], norm)
+            if walked.grad_norms is not None:
+                mine = walked.grad_norms.view(head._ranks.world_size, -1)[head._ranks.rank]
+                feature_grad.addcmul_(unit, mine.float().unsqueeze(1))
             # A sum is finite only if every summand is. One of finite gradients that overflows float32 is no better.
             finite = torch.stack([norm.sum(), feature_grad.sum(), ctx.gradient[1].sum()]).isfinite().all()
             ctx.any_not_finite = head._ranks.sum((~finite).float())
             ctx.owned = None if choice.owned is None else (choice.targets[choice.owned], samples[choice.owned])
-            ctx.head, ctx.dtype, ctx.feature_grad = head, embeddings.dtype, feature_grad
+            ctx.head, ctx.dtype, ctx.feature_grad, ctx.grad_bias = head, embeddings.dtype, feature_grad, walked.grad_bias
         return walked.loss
 
     @staticmethod
@@ -392,8 +528,11 @@ class _Loss(torch.autograd.Function):
         if ctx.owned:
             head._pending.targets.append(ctx.owned[0])
             head._pending.samples.append(ctx.owned[1])
+        if ctx.grad_bias is not None:
+            bias = ctx.grad_bias.float().view(1, 1)
+            head._pending.bias = bias if head._pending.bias is None else head._pending.bias + bias
         grad.mul_(grad_loss * head._ranks.world_size).masked_fill_(ctx.any_not_finite() > 0, math.inf)
-        ctx.feature_grad = ctx.gradient = ctx.owned = None
+        ctx.feature_grad = ctx.gradient = ctx.owned = ctx.grad_bias = None
         return grad.to(ctx.dtype), None, None, None
 
 

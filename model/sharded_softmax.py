@@ -20,64 +20,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.anchor import Anchor, AnchorName, LearnedAnchor
 from model.collectives import Collectives
 from model.kernels.exp_logits import exp_logits, write_own
-from model.kernels.products import Products
-from model.margin import MarginGradient, curricular_negatives, margin_slope, unified_margin
+from model.margin import MarginGradient, curricular_negatives, margin_slope, margin_slope_in_m2, unified_margin
+from model.norm_margin import SampleMargin
 
-AnchorName = Literal["expectation", "learned"]
 _EXP_LIMIT = 80.0  # float32 ends at exp(88.7): what is left holds a sum times the slope of a margin, in the place of the target
-_BLOCK_ROWS = 1024  # of a normalisation's backward, and
-_BLOCK_COLUMNS = 2048  # of CurricularFace: temporaries stay small and in cache
-
-
-@dataclass(frozen=True)
-class Anchor:
-    """One set of directions that the samples are scored against."""
-
-    table: Tensor  # [c, D] float32: this rank's rows
-    rows: Tensor | None  # [S] int64 sorted rows of the table that are scored; None: all
-    columns: Tensor  # [B] int64 place of each sample's own class among them, -1 where this rank does not hold it
-    learned: bool  # a gradient reaches the rows, which are normalised here; else they are unit rows already
-    products: Products
-
-    @property
-    def num_rows(self) -> int:
-        """S."""
-        return len(self.table if self.rows is None else self.rows)
-
-    @property
-    def operand(self) -> Tensor:
-        """[S, D] unit rows, as an operand of products."""
-        return self._unit_and_norm[0]
-
-    @property
-    def norm(self) -> Tensor:
-        """[S, 1] float32 norms of learned rows, at least 1e-12."""
-        return self._unit_and_norm[1]
-
-    def unit(self, index: slice | Tensor) -> Tensor:
-        """[n, D] float32 unit rows of the scored places ``index``."""
-        if self.products.exact:
-            return self.operand[index]
-        rows = self.table[index] if self.rows is None else self.table[self.rows[index]]
-        return rows / self.norm[index] if self.learned else rows
-
-    @cached_property
-    def _unit_and_norm(self) -> tuple[Tensor, Tensor | None]:
-        rows = self.table if self.rows is None else self.table.index_select(0, self.rows)
-        if not self.learned:
-            return self.products.operand(rows), None
-        norm = _norm(rows)
-        unit = rows / norm if rows is self.table else rows.div_(norm)  # a selection is a copy already
-        return self.products.operand(unit), norm
+BLOCK_COLUMNS = 2048  # of what changes logits one by one: temporaries stay small and in cache
 
 
 @dataclass(frozen=True)
@@ -95,25 +50,26 @@ class Objective:
 
     terms: tuple[Term, ...]
     joint: bool  # one logarithm over all terms; else the mean of separate losses over the terms that a sample has
-    margin: tuple[float, float, float]
     scale: float
     margin_gradient: MarginGradient
-    curricular: bool  # hard negatives count for more (CurricularFace, arXiv:2004.00288)
+    curricular: bool = False  # hard negatives count for more (CurricularFace, arXiv:2004.00288)
+    interclass_filter: float | None = None  # negatives above this cosine are left out
 
-    def target(self, term: Term, cosine: Tensor) -> tuple[Tensor, Tensor]:
-        """(target cosine under the margin, its slope) of ``term``, both shaped as ``cosine``."""
+    def target(self, term: Term, cosine: Tensor, margin: SampleMargin) -> tuple[Tensor, Tensor, Tensor]:
+        """(target cosine under the margin, its slope in the cosine, its slope in m2) of ``term``, all shaped as ``cosine`` [B]."""
         if term.detached:
-            return (1.0 - term.detached) * cosine, torch.ones_like(cosine)
-        return unified_margin(cosine, self.margin), margin_slope(cosine, self.margin, self.margin_gradient)
+            return (1.0 - term.detached) * cosine, torch.ones_like(cosine), torch.zeros_like(cosine)
+        m2_slope = torch.zeros_like(cosine) if margin.m2_slope is None else margin_slope_in_m2(cosine, margin.margin)
+        return unified_margin(cosine, margin.margin), margin_slope(cosine, margin.margin, self.margin_gradient), m2_slope
 
     def loss(self, log_ratio: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
         """(L [n], dL/da [terms, n]) of the log-ratios a [terms, n]. ``held`` [terms, n] bool: whether a sample has the term."""
         log_ratio = log_ratio.masked_fill(~held, -math.inf)
         if self.joint:
-            loss = _softplus(torch.logsumexp(log_ratio, 0))
+            loss = softplus(torch.logsumexp(log_ratio, 0))
             return loss, torch.exp(log_ratio - loss)
         share = 1.0 / held.sum(0).clamp(min=1)
-        return _softplus(log_ratio).sum(0) * share, torch.sigmoid(log_ratio) * share
+        return softplus(log_ratio).sum(0) * share, torch.sigmoid(log_ratio) * share
 
 
 @dataclass(frozen=True)
@@ -127,6 +83,20 @@ class TargetCosines:
         """Over the samples that have one, scalar float64; NaN if none has."""
         return self.cosine.sum() / self.held.sum()
 
+    def mean_square(self) -> Tensor:
+        """As :meth:`mean`, of the squares."""
+        return self.cosine.square().sum() / self.held.sum()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The global micro-batch, the same on every rank."""
+
+    samples: Tensor  # [B, D] float32 unit rows
+    cosines: dict[AnchorName, TargetCosines]
+    margin: SampleMargin
+    t: Tensor | None = None  # of CurricularFace, scalar; None without it
+
 
 @dataclass(frozen=True)
 class Walked:
@@ -135,10 +105,37 @@ class Walked:
     loss: Tensor  # scalar float32, equal on every rank
     grad_samples: Tensor | None  # [B, D] float32 with respect to the unit samples, from this rank's classes alone
     grad_centers: Tensor | None  # [S, D] float32 with respect to the unit rows of the scored class centers; None as well if w has none
+    grad_norms: Tensor | None  # [B] float64 with respect to the samples' norms, equal on every rank; None where no margin depends on them
+    grad_bias: Tensor | None  # scalar float64, equal on every rank; None where the loss has no bias
+
+
+@dataclass(frozen=True)
+class Combined:
+    """What the sums over all ranks make of the n samples of a chunk."""
+
+    losses: Tensor  # [n]
+    factors: Tensor  # [anchors, n]: dL/dcos_j of the mean loss over what the buffer holds for a negative j
+    target_grads: Tensor  # [terms, n]: its dL/d(target cosine under the margin)
+    grad_bias: Tensor | None = None  # scalar: its derivative in the bias
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Of each term and sample, [terms, n] float64: vectors over samples cost nothing, and the scale multiplies an error."""
+
+    logit: Tensor  # margin-adjusted
+    slope: Tensor  # of the target cosine under the margin in the cosine,
+    slope_in_m2: Tensor  # and in m2
+    held: Tensor  # bool: whether the sample has the term
+
+    def of(self, rows: slice) -> Targets:
+        return Targets(*(getattr(self, name)[:, rows] for name in ("logit", "slope", "slope_in_m2", "held")))
 
 
 class ShardedSoftmax:
     """One micro-batch against one set of anchors."""
+
+    sums_per_anchor = 1  # what a row of the buffer adds up to over ranks
 
     def __init__(self, anchors: dict[AnchorName, Anchor], objective: Objective, num_classes: int, chunk_rows: int, ranks: Collectives):
         """``num_classes``: C over all ranks; ``chunk_rows``: samples that share the buffer at a time."""
@@ -157,52 +154,68 @@ class ShardedSoftmax:
         own = samples.new_zeros(len(self._anchors), 2, len(samples), dtype=torch.float64)
         for (cosine, held), anchor in zip(own, self._anchors.values(), strict=True):
             for rows in self._chunks(samples):
-                cosine[rows] = F.cosine_similarity(samples[rows].double(), _own_rows(anchor, rows).double())
+                cosine[rows] = F.cosine_similarity(samples[rows].double(), anchor.own_rows(rows).double())
             held.copy_(anchor.columns >= 0)
         over_ranks = self._ranks.sum(own)()
         return {name: TargetCosines(cosine, held > 0) for name, (cosine, held) in zip(self._anchors, over_ranks, strict=True)}
 
-    def walk(self, samples: Tensor, cosines: dict[AnchorName, TargetCosines], t: Tensor | None, gradients: bool) -> Walked:
-        """Loss and gradients, chunk by chunk.
+    def walk(self, batch: Batch, gradients: bool) -> Walked:
+        """Loss and gradients, chunk by chunk; without ``gradients`` only the logits are multiplied out.
 
-        Args:
-            samples, cosines: as of :meth:`target_cosines`.
-            t: of CurricularFace, scalar; None without it.
-            gradients: without them only the logits are multiplied out.
         Collectives: per chunk one all-reduce of [anchors, rows] float32, while the next product runs; where logits must be shifted one
             more of [rows] float32 per anchor.
         """
-        targets = self._targets(cosines)
+        samples, targets = batch.samples, self._targets(batch)
         learned = self._anchors["learned"] if "learned" in self._negatives else None
         buffer = self._allocate_buffer(samples)
         grad_samples = torch.empty_like(samples) if gradients else None
         grad_centers = samples.new_zeros(learned.num_rows, samples.shape[1]) if gradients and learned else None
-        loss = samples.new_zeros((), dtype=torch.float64)
+        grad_m2 = torch.zeros(len(samples), dtype=torch.float64, device=samples.device)
+        loss, grad_bias = samples.new_zeros((), dtype=torch.float64), None
         for rows in self._chunks(samples):
             x = samples[rows]
-            sums, shifts = x.new_empty(2, len(self._negatives), len(x))
+            sums = x.new_empty(len(self._negatives), self.sums_per_anchor, len(x))
+            shifts = x.new_empty(len(self._negatives), len(x))
             pulls = []  # of each anchor, [n, D]: sum_j exp(s cos_j) u_j
             for k, name in enumerate(self._negatives):
                 anchor = self._anchors[name]
                 exps = buffer(anchor, len(x))
-                sums[k], shifts[k] = self._exponentials(anchor, rows, x, cosines[name].cosine, t, exps)
+                sums[k], shifts[k] = self._score(name, rows, batch, exps)
                 if k == len(self._negatives) - 1:
                     summing = self._ranks.sum(sums)  # the next product does not need them
                 if gradients:
                     pulls.append(anchor.products.mm(exps, anchor.operand))
-            losses, factors, target_grads = self._combine(summing().double(), shifts, targets[:, :, rows], len(samples))
-            loss += losses.sum()
-            if gradients:
-                grad_samples[rows] = sum(pull * factor.float().unsqueeze(1) for pull, factor in zip(pulls, factors, strict=True))
-                for term, grad in zip(self._objective.terms, target_grads, strict=True):
-                    grad_samples[rows].addcmul_(_own_rows(self._anchors[term.target], rows), grad.float().unsqueeze(1))
+            chunk = targets.of(rows)
+            combined = self._combine(summing().double(), shifts, chunk, len(samples))
+            loss += combined.losses.sum()
+            if not gradients:
+                continue
+            grad_m2[rows] = (combined.target_grads * chunk.slope_in_m2).sum(0)
+            if combined.grad_bias is not None:
+                grad_bias = combined.grad_bias if grad_bias is None else grad_bias + combined.grad_bias
+            grad_samples[rows] = sum(pull * factor.float().unsqueeze(1) for pull, factor in zip(pulls, combined.factors, strict=True))
+            own_grads = combined.target_grads * chunk.slope
+            for term, grad in zip(self._objective.terms, own_grads, strict=True):
+                grad_samples[rows].addcmul_(self._anchors[term.target].own_rows(rows), grad.float().unsqueeze(1))
             if grad_centers is not None:  # the class centers came last: exps are theirs
-                own_grad = sum(grad for term, grad in zip(self._objective.terms, target_grads, strict=True) if term.target == "learned")
-                self._add_grad_centers(grad_centers, learned, rows, x, exps, factors[-1], own_grad)
-        return Walked((loss / len(samples)).float(), grad_samples, grad_centers)
+                own_grad = sum(grad for term, grad in zip(self._objective.terms, own_grads, strict=True) if term.target == "learned")
+                self._add_grad_centers(grad_centers, learned, rows, x, exps, combined.factors[-1], own_grad)
+        return self._walked(batch.margin, loss, grad_samples, grad_centers, grad_m2, grad_bias)
 
     @staticmethod
-    def _add_grad_centers(total: Tensor, learned: Anchor, rows: slice, x: Tensor, exps: Tensor, factors: Tensor, own_grad: Tensor) -> None:
+    def _walked(margin: SampleMargin, loss: Tensor, grad_samples: Tensor | None, grad_centers, grad_m2: Tensor, grad_bias) -> Walked:
+        """Add what the norms have to do with it."""
+        loss, grad_norms = loss / len(grad_m2), None
+        if margin.penalty is not None:
+            loss = loss + margin.penalty.mean()
+        if margin.m2_slope is not None and grad_samples is not None:
+            grad_norms = grad_m2 * margin.m2_slope + margin.penalty_slope / len(grad_m2)
+        return Walked(loss.float(), grad_samples, grad_centers, grad_norms, grad_bias)
+
+    @staticmethod
+    def _add_grad_centers(
+        total: Tensor, learned: LearnedAnchor, rows: slice, x: Tensor, exps: Tensor, factors: Tensor, own_grad: Tensor
+    ) -> None:
         """Add ``sum_i dL/dcos_ij x_i`` of a chunk to ``total`` [S, D].
 
         dL/dcos_ij is ``exps_ij factors_i`` for negatives. One product does for targets as well if the place of the target, where exps are
@@ -211,30 +224,26 @@ class ShardedSoftmax:
         write_own(exps, learned.columns[rows], (own_grad / factors).nan_to_num_(0.0))
         learned.products.add_mm(total, exps.T, learned.products.operand(x * factors.float().unsqueeze(1)))
 
-    def _targets(self, cosines: dict[AnchorName, TargetCosines]) -> Tensor:
-        """[3, terms, B]: margin-adjusted target logits; slopes of the margin; 1 where a sample has the term, else 0.
-
-        Vectors over samples are float64: they cost nothing, and the scale multiplies an error.
-        """
-        objective, rows = self._objective, []
+    def _targets(self, batch: Batch) -> Targets:
+        objective, of_terms = self._objective, []
         for term in objective.terms:
-            cosine, slope = objective.target(term, cosines[term.target].cosine)
-            rows.append(torch.stack([objective.scale * cosine, slope, cosines[term.target].held]))
-        return torch.stack(rows, 1)
+            cosine, slope, slope_in_m2 = objective.target(term, batch.cosines[term.target].cosine, batch.margin)
+            of_terms.append((objective.scale * cosine, slope, slope_in_m2, batch.cosines[term.target].held))
+        return Targets(*(torch.stack(parts) for parts in zip(*of_terms, strict=True)))
 
-    def _exponentials(
-        self, anchor: Anchor, rows: slice, x: Tensor, target_cosine: Tensor, t: Tensor | None, exps: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Score samples x [n, D], which are ``rows`` of the batch, against the negatives of ``anchor``.
+    def _score(self, name: AnchorName, rows: slice, batch: Batch, exps: Tensor) -> tuple[Tensor, Tensor]:
+        """Score the samples ``rows`` [n] of the batch against the negatives of the anchor ``name``.
 
-        Writes exp(s cos_j - shift) to ``exps`` [n, S], under CurricularFace times its slope, and 0 in the own column. Returns (row sums of
-        exp(s cos_j - shift) [n], shift [n]).
+        Writes exp(s cos_j - shift) to ``exps`` [n, S], under CurricularFace times its slope, and 0 in the own column and where a negative
+        is filtered out. Returns (row sums of exp(s cos_j - shift) [1, n], shift [n]).
         """
+        anchor, x = self._anchors[name], batch.samples[rows]
         products = anchor.products
         scaled = products.operand(x * self._objective.scale)
-        if self._shifted or t is not None:
+        if self._shifted or batch.t is not None or self._objective.interclass_filter is not None:
             logits = products.mm(scaled, anchor.operand.T, out=exps if exps.dtype == torch.float32 else None)
-            slope = None if t is None else self._modulate(logits, target_cosine[rows], t)
+            self._filter(logits)
+            slope = None if batch.t is None else self._modulate(logits, batch.cosines[name].cosine[rows], batch)
             write_own(logits, anchor.columns[rows], logits.new_full((len(x),), -math.inf))
             shift = self._highest(logits) if self._shifted else logits.new_zeros(len(x))
             sums = logits.sub_(shift.unsqueeze(1)).exp_().sum(1)
@@ -244,17 +253,28 @@ class ShardedSoftmax:
                 exps.copy_(logits)
         else:
             sums, shift = exp_logits(scaled, anchor.operand, anchor.columns[rows], exps), x.new_zeros(len(x))
-        if products.rounds_in_float32:
-            for part in exps.split(_BLOCK_COLUMNS, 1):
-                part.copy_(products.operand(part))
-        return sums, shift
+        self._round(anchor, exps)
+        return sums.unsqueeze(0), shift
 
-    def _modulate(self, logits: Tensor, target_cosine: Tensor, t: Tensor) -> Tensor:
+    def _filter(self, logits: Tensor) -> None:
+        """Inter-class filtering: leave out the negatives of ``logits`` [n, S] whose cosine is above the limit."""
+        if self._objective.interclass_filter is not None:
+            for part in logits.split(BLOCK_COLUMNS, 1):
+                part.masked_fill_(part > self._objective.interclass_filter * self._objective.scale, -math.inf)
+
+    @staticmethod
+    def _round(anchor: Anchor, exps: Tensor) -> None:
+        """Round ``exps`` [n, S] to the dtype of products where these take it from float32."""
+        if anchor.products.rounds_in_float32:
+            for part in exps.split(BLOCK_COLUMNS, 1):
+                part.copy_(anchor.products.operand(part))
+
+    def _modulate(self, logits: Tensor, target_cosine: Tensor, batch: Batch) -> Tensor:
         """CurricularFace: change ``logits`` [n, S] in place and return the slopes. ``target_cosine``: [n] without the margin."""
-        hardest = unified_margin(target_cosine, self._objective.margin).float().unsqueeze(1)
+        hardest = unified_margin(target_cosine, batch.margin.margin).float().unsqueeze(1)  # in every centers mode
         slope = torch.empty_like(logits)
-        for part, part_slope in zip(logits.split(_BLOCK_COLUMNS, 1), slope.split(_BLOCK_COLUMNS, 1), strict=True):
-            cosine, change = curricular_negatives(part / self._objective.scale, hardest, t)
+        for part, part_slope in zip(logits.split(BLOCK_COLUMNS, 1), slope.split(BLOCK_COLUMNS, 1), strict=True):
+            cosine, change = curricular_negatives(part / self._objective.scale, hardest, batch.t)
             torch.mul(cosine, self._objective.scale, out=part)
             part_slope.copy_(change)
         return slope
@@ -264,21 +284,18 @@ class ShardedSoftmax:
         highest = logits.amax(1) if logits.shape[1] else logits.new_full((len(logits),), -math.inf)
         return self._ranks.maximum(highest)().clamp_(min=torch.finfo(highest.dtype).min)
 
-    def _combine(self, sums: Tensor, shifts: Tensor, targets: Tensor, B: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _combine(self, sums: Tensor, shifts: Tensor, targets: Targets, B: int) -> Combined:
         """From what all ranks know of the n samples of a chunk to the loss and its slopes.
 
-        Args:
-            sums, shifts: [anchors, n], see :meth:`_exponentials`; summed over ranks.
-            targets: [3, terms, n], see :meth:`_targets`.
-        Returns: losses [n]; dL/dcos_j of the mean loss over exps_j, [anchors, n]; its dL/dcos_y [terms, n].
+        ``sums`` [anchors, 1, n], ``shifts`` [anchors, n]: see :meth:`_score`; the former summed over ranks.
         """
-        target_logits, slopes, held = targets
         terms = [self._negatives.index(term.negatives) for term in self._objective.terms]
+        sums = sums.squeeze(1)
         log_sums = sums.log() + shifts
-        losses, p = self._objective.loss(torch.stack([log_sums[k] for k in terms]) - target_logits, held > 0)
+        losses, p = self._objective.loss(torch.stack([log_sums[k] for k in terms]) - targets.logit, targets.held)
         p *= self._objective.scale / B
         of_anchor = [sum(p[i] for i, k in enumerate(terms) if k == anchor) for anchor in range(len(sums))]
-        return losses, (torch.stack(of_anchor) / sums).masked_fill_(sums == 0.0, 0.0), -p * slopes
+        return Combined(losses, (torch.stack(of_anchor) / sums).masked_fill_(sums == 0.0, 0.0), -p)
 
     def _chunks(self, samples: Tensor) -> list[slice]:
         return [slice(start, min(start + self._chunk_rows, len(samples))) for start in range(0, len(samples), self._chunk_rows)]
@@ -302,34 +319,6 @@ class ShardedSoftmax:
         return buffer
 
 
-def normalize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit rows of x [n, D] and their norms [n, 1], at least 1e-12."""
-    norm = _norm(x)
-    return x / norm, norm
-
-
-def _softplus(x: Tensor) -> Tensor:
+def softplus(x: Tensor) -> Tensor:
     """log(1 + exp(x)), with its relative precision however small (F.softplus cuts off)."""
     return torch.logaddexp(x, torch.zeros_like(x))
-
-
-def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min_(1e-12)
-
-
-def normalize_backward_(grad: Tensor, unit: Callable[[slice], Tensor], norm: Tensor) -> Tensor:
-    """Turn the gradient of unit rows [n, D] into that of the rows themselves, in place. ``unit``: gives a slice of the unit rows."""
-    for start in range(0, len(grad), _BLOCK_ROWS):
-        block = slice(start, start + _BLOCK_ROWS)
-        direction = unit(block)
-        along = torch.linalg.vecdot(grad[block], direction).unsqueeze(1)
-        grad[block].addcmul_(direction, along, value=-1.0).div_(norm[block])
-    return grad
-
-
-def _own_rows(anchor: Anchor, rows: slice) -> Tensor:
-    """[n, D] float32: the unit row of each sample's own class, 0 where this rank does not hold it."""
-    columns = anchor.columns[rows]
-    if not anchor.num_rows:
-        return anchor.table.new_zeros(len(columns), anchor.table.shape[1])
-    return anchor.unit(columns.clamp(min=0)).masked_fill_((columns < 0).unsqueeze(1), 0.0)

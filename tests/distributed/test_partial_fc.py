@@ -8,105 +8,24 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.class_shard import ClassShard, initial_centers
+from model.class_shard import ClassShard
 from model.partial_fc import CENTERS, PartialFC
+from tests.heads import (
+    BATCH,
+    EXACT,
+    MARGINS,
+    RULES,
+    D,
+    call_heads,
+    check,
+    expectations,
+    gather_rows,
+    global_batch,
+    my_share,
+    settings,
+)
 from tests.ranks import run_ranks, run_thread_ranks
 from tests.reference import adamw_reference, expectation_reference, head_reference, relative_error
-
-D, BATCH, SEED = 24, 12, 7
-# Relative norm. float32 keeps 6e-8 an operation and the scale multiplies the error of a cosine; two anchors do so twice.
-EXACT, EXACT_TWO_ANCHORS = 5e-6, 2e-5
-MARGINS = {"sphereface": (1.35, 0.0, 0.0), "arcface": (1.0, 0.5, 0.0), "cosface": (1.0, 0.0, 0.4), "combined": (1.2, 0.3, 0.1)}
-RULES = ("exact", "straight_through")
-
-
-def global_batch(num_classes, step=0, batch=BATCH):
-    generator = torch.Generator().manual_seed(100 + step)
-    labels = torch.randint(0, num_classes, (batch,), generator=generator)
-    labels[: batch // 3] = labels[0]  # duplicates
-    return torch.randn(batch, D, generator=generator) * 2.5, labels
-
-
-def gather_rows(group, rows):
-    """Rows of every rank in rank order, for shards of different sizes."""
-    parts = [None] * dist.get_world_size(group)
-    dist.all_gather_object(parts, rows, group=group)
-    return torch.cat(parts)
-
-
-def my_share(group, tensor):
-    return (tensor if group is None else tensor.chunk(dist.get_world_size(group))[dist.get_rank(group)]).clone()
-
-
-def settings(margins=MARGINS, rules=RULES, rates=(1.0, 0.4), centers=CENTERS, curricular=(False, True), scale=32.0):
-    """Every combination, as arguments of PartialFC."""
-    names = ("margin", "margin_gradient", "sample_rate", "centers", "curricular")
-    every = itertools.product([MARGINS[name] for name in margins], rules, rates, centers, curricular)
-    return [dict(zip(names, values, strict=True), scale=scale) for values in every]
-
-
-def expectations(num_classes):
-    """(e [C, D], seen [C]): every second class has one."""
-    seen = torch.arange(num_classes) % 2 == 0
-    directions = torch.nn.functional.normalize(torch.randn(num_classes, D, generator=torch.Generator().manual_seed(3)))
-    return directions * seen.unsqueeze(1), seen
-
-
-def call_heads(group, num_classes, every, batch):
-    """One head per entry of ``every`` on its share of ``batch``; the loss arrives scaled by 8 as under a loss scale.
-
-    Returns of each training call what this rank knows. CurricularFace gets two calls, because its t is 0 before the first.
-    """
-    calls = []
-    for arguments in every:
-        head = PartialFC(D, num_classes, seed=SEED, group=group, **arguments)
-        own = slice(head.class_start, head.class_start + len(head.shard))
-        if head.centers != "learned":
-            for mine, all_rows in zip((head.expectation, head.expectation_seen), expectations(num_classes), strict=True):
-                mine.copy_(all_rows[own])
-        for _ in range(2 if head.curricular else 1):
-            embeddings, labels = (my_share(group, part) for part in batch)
-            scored = head._choose(labels).rows
-            loss = head(embeddings.requires_grad_(), labels)
-            (loss * 8.0).backward()
-            rows, grad = head.pending_gradient()
-            agreed = (float(loss.detach()), float(head.target_cosine.nan_to_num()), float(head.gradient_norm()))
-            scored = torch.arange(len(head.shard)) if scored is None else scored
-            centers_grad = torch.zeros_like(head.weight).index_copy_(0, rows, grad)
-            calls.append((agreed, scored + head.class_start, embeddings.grad, centers_grad))
-            head.step(lr=0.0, weight_decay=0.0)  # moves nothing but t
-    return calls
-
-
-def check(num_classes, every, batch, ranks):
-    """Compare the results of ``call_heads`` on all ``ranks`` with the reference on the global batch."""
-    calls = iter(list(zip(*ranks, strict=True)))
-    weight = initial_centers(ClassShard(num_classes, 0, 1), D, SEED)
-    expectation, seen = expectations(num_classes)
-    for arguments in every:
-        t = 0.0
-        for call in range(2 if arguments["curricular"] else 1):
-            agreed, scored, embeddings_grad, centers_grad = zip(*next(calls), strict=True)
-            assert len(set(agreed)) == 1, "loss, target cosine and gradient norm must be equal on every rank"
-            loss, target_cosine, norm = agreed[0]
-            scored = torch.cat(scored)
-            if arguments["sample_rate"] < 1:
-                assert len(scored) == max(int(arguments["sample_rate"] * num_classes), len(batch[1].unique()))
-            expected = head_reference(
-                *(batch[0], weight, batch[1]),
-                **{name: arguments[name] for name in ("margin", "scale", "margin_gradient", "centers")},
-                **{"scored": scored, "expectation": expectation, "seen": seen},
-                t=t if arguments["curricular"] else None,
-            )
-            exact = EXACT if arguments["centers"] in ("learned", "replace") else EXACT_TWO_ANCHORS
-            where = f"{arguments}, call {call}"
-            assert relative_error(loss, expected.loss) < exact, where
-            assert relative_error(torch.cat(embeddings_grad), expected.embeddings_grad * len(ranks) * 8.0) < exact, where
-            assert relative_error(torch.cat(centers_grad), expected.centers_grad) < exact, where
-            assert norm == pytest.approx(float(expected.centers_grad.norm()), rel=exact), where
-            if not math.isnan(expected.target_cosine):
-                assert target_cosine == pytest.approx(expected.target_cosine, abs=1e-6), where
-                t = 0.99 * t + 0.01 * expected.target_cosine
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -3,7 +3,9 @@
 import base64
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from nvidia.dali import fn, pipeline_def, types
 
 from data_pipeline import SIDE
 from data_pipeline.errors import DataError
-from data_pipeline.shard_set import open_set
+from data_pipeline.shard_set import RecordNames, open_set
 
 _SHUFFLE_BUFFER = 4096  # records that each rank shuffles among; packed sets are shuffled globally before
 _GREY = 127  # what a shifted image uncovers; 0 after normalisation
@@ -34,6 +36,11 @@ class Augment:
                 raise DataError(f"augment.{name}: must lie in [{low}, {high}], got {getattr(self, name)}")
 
 
+def batches_per_epoch(num_images: int, world_size: int, batch_size: int) -> int:
+    """Full batches that every rank reads in an epoch."""
+    return (num_images // world_size) // batch_size
+
+
 @dataclass(frozen=True)
 class Batch:
     """What one rank trains on at one step. The tensors are the caller's to keep and change."""
@@ -42,6 +49,7 @@ class Batch:
     labels: torch.Tensor  # [b] int64 in [0, num_classes), on the loader's device
     epoch: int  # 0 in the first
     step: int  # batches read since the start of the run, this one included
+    records: Callable[[], list[str]]  # [b] names of the images' records, made when called; holds no image. See FaceLoader
 
 
 class FaceLoader:
@@ -51,6 +59,10 @@ class FaceLoader:
     batch_size`` full batches; the few images left over differ from epoch to epoch. Order: the records as stored, shuffled within a
     buffer of 4,096 per rank; with several shards, which shard follows which changes every epoch, the same way on all ranks.
 
+    ``batch.records()`` names the records of a batch, as long as one likes after it was read: "shard_00006.rec offset 5762928 (key
+    5123)". DALI carries file and offset along with the b image sizes; those are kept, and asked when somebody calls (13 us a record; the
+    set's index is read at the first call, see ``shard_set.RecordNames``).
+
     Args:
         path: a packed set, or a field set (``shard_set.open_set``).
         batch_size: b, images per batch on this rank.
@@ -58,11 +70,12 @@ class FaceLoader:
         seed: the same on all ranks; augmentation and buffer shuffling differ per rank all the same.
         num_threads: DALI's decoding threads. Changes no value.
         min_images_per_identity: leave out identities with fewer images, and number the others densely, in the order of their labels.
+        expected_images, expected_classes: what ``num_images`` and ``num_classes`` must be; None: anything.
         state: what ``state()`` returned in a run of the same set and arguments; continues with the batch that would have come next.
 
-    Attributes: ``num_classes`` (C, after that numbering), ``num_images``, ``steps_per_epoch``, ``fingerprint``.
-    Raises DataError: no such set; fewer images than one batch per rank; a ``state`` of something else; while reading: a label out of
-    range, or a record that DALI cannot read.
+    Attributes: ``num_classes`` (C, after that numbering), ``num_images``, ``batch_size``, ``steps_per_epoch``, ``fingerprint``.
+    Raises DataError: no such set; not as many images or classes as expected; fewer images than one batch per rank; a ``state`` of
+    something else; while reading: a label out of range, or a record that DALI cannot read.
     """
 
     def __init__(
@@ -77,6 +90,8 @@ class FaceLoader:
         num_threads: int = 2,
         augment: Augment = Augment(),
         min_images_per_identity: int = 1,
+        expected_images: int | None = None,
+        expected_classes: int | None = None,
         state: dict[str, Any] | None = None,
     ) -> None:
         _check_arguments(batch_size, rank, world_size, device_id, seed, num_threads, min_images_per_identity)
@@ -85,12 +100,18 @@ class FaceLoader:
         self.path = faces.path
         self.num_classes = int(keep.sum())
         self.num_images = int(faces.images_per_class[keep].sum())
-        self.steps_per_epoch = (self.num_images // world_size) // batch_size
+        self.batch_size = batch_size
+        self.steps_per_epoch = batches_per_epoch(self.num_images, world_size, batch_size)
         self._rank = rank
         self._device = torch.device("cpu" if device_id is None else f"cuda:{device_id}")
         self._new_label = torch.from_numpy(np.where(keep, np.cumsum(keep) - 1, -1))  # [C of the set] int64, -1: left out
+        self._names = RecordNames(faces)
+        kept = f" with min_images_per_identity={min_images_per_identity}" if min_images_per_identity > 1 else ""
+        for name, expected in (("num_images", expected_images), ("num_classes", expected_classes)):
+            found = getattr(self, name)
+            if expected not in (None, found):
+                raise DataError(f"data.{name}: {expected} expected, but {path}{kept} has {found}: mend data.path or data.{name}")
         if not self.steps_per_epoch:
-            kept = f" with min_images_per_identity={min_images_per_identity}" if min_images_per_identity > 1 else ""
             raise DataError(
                 f"{path}: num_images={self.num_images}{kept} is less than world_size={world_size} x batch_size={batch_size}, one batch per "
                 "rank: use a smaller batch_size, fewer ranks, or more images"
@@ -136,18 +157,18 @@ class FaceLoader:
         if self.step and self.step % self.steps_per_epoch == 0:
             for _ in range(self._leftover_batches):
                 self._run()
-        images, stored = self._run()
-        labels = self._renumbered(stored).to(self._device)
+        images, stored, records = self._run()
+        labels = self._renumbered(stored, records).to(self._device)
         self.step += 1
-        return Batch(images, labels, (self.step - 1) // self.steps_per_epoch, self.step)
+        return Batch(images, labels, (self.step - 1) // self.steps_per_epoch, self.step, records)
 
     def state(self) -> dict[str, Any]:
         """Where the run stands after the last batch that ``next`` returned. JSON-able: ``dali`` str, ``fingerprint`` dict, ``step`` int."""
         dali_state = base64.b64encode(self._pipeline.checkpoint()).decode("ascii")
         return {"dali": dali_state, "fingerprint": dict(self.fingerprint), "step": self.step}
 
-    def _run(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """One batch off the pipeline: images [b, 3, 112, 112] float32 on the device, labels [b] float32 as stored, on the CPU.
+    def _run(self) -> tuple[torch.Tensor, torch.Tensor, Callable[[], list[str]]]:
+        """One batch off the pipeline: images [b, 3, 112, 112] float32 on the device, labels [b] float32 as stored, on the CPU, and names.
 
         The tensors are DALI's own memory, which DALI gives up with them. On a GPU they are bound to torch's current stream: torch
         waits for the decoder there, and the memory is used again after what torch has queued by the time it drops them.
@@ -155,12 +176,16 @@ class FaceLoader:
         stream = None if self._device.type == "cpu" else torch.cuda.current_stream(self._device)
         try:
             images, labels, shapes = self._pipeline.run(stream)
+            records = partial(_record_names, self._names, shapes)
             sizes = torch.from_dlpack(shapes.as_tensor())
             wrong = (sizes[:, :2] != SIDE).any(dim=1)
             if bool(wrong.any()):
                 height, width = sizes[wrong][0, :2].tolist()
-                raise DataError(f"{self._where()}: an image of {width}x{height} pixels, expected {SIDE}x{SIDE}; crop the faces first")
-            return torch.from_dlpack(images.as_tensor()), torch.from_dlpack(labels.as_tensor()).reshape(-1)
+                raise DataError(
+                    f"{self._where()}: {_first(records, wrong)}: an image of {width}x{height} pixels, expected {SIDE}x{SIDE}; crop the "
+                    "faces first"
+                )
+            return torch.from_dlpack(images.as_tensor()), torch.from_dlpack(labels.as_tensor()).reshape(-1), records
         except RuntimeError as error:
             reason = str(error).partition("encountered:")[2].strip().partition("\n")[0] or str(error)
             raise DataError(
@@ -168,19 +193,29 @@ class FaceLoader:
                 f"`python -m data_pipeline verify {self.path}` names it; repair the set, then resume from the last checkpoint"
             ) from error
 
-    def _renumbered(self, labels: torch.Tensor) -> torch.Tensor:
+    def _renumbered(self, labels: torch.Tensor, records: Callable[[], list[str]]) -> torch.Tensor:
         """[b] float32 as stored -> [b] int64 in [0, num_classes)."""
         whole = labels.to(torch.int64)
         sound = (labels >= 0) & (labels < len(self._new_label)) & (whole == labels)
         if not bool(sound.all()):
             raise DataError(
-                f"{self._where()}: label {labels[~sound][0].item():g}, expected a whole number in [0, {len(self._new_label)}): "
-                f"`python -m data_pipeline verify {self.path}` names the record"
+                f"{self._where()}: {_first(records, ~sound)}: label {labels[~sound][0].item():g}, expected a whole number in "
+                f"[0, {len(self._new_label)}): `python -m data_pipeline verify {self.path}` finds all such records"
             )
         return self._new_label[whole]
 
     def _where(self) -> str:
         return f"{self.path}: rank {self._rank}, step {self.step + 1}"
+
+
+def _record_names(names: RecordNames, samples: Any) -> list[str]:
+    """Of a DALI TensorList made of the reader's images; it knows where they came from (the reader's labels do not)."""
+    return names([samples[i].source_info() for i in range(len(samples))])
+
+
+def _first(records: Callable[[], list[str]], chosen: torch.Tensor) -> str:
+    """The name of the first record where ``chosen`` ([b] bool) is set."""
+    return records()[int(chosen.nonzero()[0])]
 
 
 @pipeline_def(enable_checkpointing=True)

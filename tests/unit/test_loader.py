@@ -2,6 +2,7 @@ import gc
 import io
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from nvidia.dali import fn, pipeline_def
 from PIL import Image
 
 from data_pipeline.errors import DataError
-from data_pipeline.loader import Augment, FaceLoader
+from data_pipeline.loader import Augment, FaceLoader, batches_per_epoch
 from data_pipeline.pack import pack
 from data_pipeline.recordio import RecordReader, RecordWriter
 from data_pipeline.shard_set import open_set
@@ -170,6 +171,65 @@ def test_images_stay_what_they_were_while_the_loader_reads_on(packed):
         assert torch.equal(batch.labels, labels)
 
 
+def record_named(folder, name):
+    """The record that a name leads to, found as a user would."""
+    shard, offset, key = re.fullmatch(r"(\S+) offset (\d+) \(key (\d+)\)", name).groups()
+    return int(key), RecordReader(folder / shard).read_at(int(offset))
+
+
+def test_a_batch_names_its_records_whenever_it_is_asked(packed):
+    """Also when the loader has read on, and is gone, and the tensors are gone; after a resume; on every rank."""
+    for rank in range(2):
+        loader = FaceLoader(packed, 3, rank=rank, world_size=2, augment=ALL)
+        batches = take(loader, 6)
+        resumed = FaceLoader(packed, 3, rank=rank, world_size=2, augment=ALL, state=loader.state())
+        batches += take(resumed, 6)
+        labels, asks = [batch.labels.tolist() for batch in batches], [batch.records for batch in batches]
+        at_once = asks[0]()
+        take(resumed, 20)
+        del loader, resumed, batches
+        gc.collect()
+        assert asks[0]() == at_once
+        for ask, expected in zip(asks, labels, strict=True):
+            named = [record_named(packed, name) for name in ask()]
+            assert [record.labels[0] for _, record in named] == expected
+            assert all(key == record.id for key, record in named)  # pack writes the key into the record
+        assert len(set(at_once)) == 3
+
+
+def test_records_of_a_field_set_keep_the_keys_of_its_index(tmp_path):
+    """The index is shuffled, its keys begin at 1, and DALI reads another index that leaves out the records without an image."""
+    records = field_records([5, 0, 4, 3])
+    offsets = write_records(tmp_path / "train.rec", records, shuffle=2)
+    keys = {offset: key for (key, _, _), offset in zip(records, offsets, strict=True)}
+    for batch in take(FaceLoader(tmp_path / "train.rec", 4), 6):
+        named = [record_named(tmp_path, name) for name in batch.records()]
+        assert [record.labels[0] for _, record in named] == batch.labels.tolist()
+        assert all(keys[record.offset] == key for key, record in named)
+
+
+def test_records_are_named_where_small_identities_are_left_out(packed):
+    kept = [0, 2, 4, 5]
+    for batch in take(FaceLoader(packed, 4, min_images_per_identity=4), 6):
+        labels = [record_named(packed, name)[1].labels[0] for name in batch.records()]
+        assert labels == [kept[label] for label in batch.labels.tolist()]
+
+
+def test_records_of_a_set_given_by_a_relative_path_are_named(packed, monkeypatch):
+    monkeypatch.chdir(packed.parent)
+    batch = next(FaceLoader("set", 4))
+    assert [record_named(packed, name)[1].labels[0] for name in batch.records()] == batch.labels.tolist()
+
+
+def test_an_index_that_changed_since_is_no_reason_for_a_wrong_name(packed, tmp_path):
+    pack(packed.parent / "src", tmp_path / "set", 1)
+    batch = next(FaceLoader(tmp_path / "set", 4))
+    index = tmp_path / "set" / "shards.idx"
+    index.write_text("".join(f"{key}\t{4 * key + 2}\n" for key in range(29)))
+    with pytest.raises(DataError, match=r"shards\.idx: lists no record at .*shard_00000\.rec at index \d+; it was changed"):
+        batch.records()
+
+
 @pytest.mark.parametrize("at", [0, 1, 6, 7, 8, 14, 20])
 def test_a_resumed_loader_continues_bit_for_bit(packed, at):
     def arguments(threads):
@@ -212,6 +272,21 @@ def test_more_ranks_than_batches_is_refused_with_the_numbers(packed):
         FaceLoader(packed, 4, world_size=8)
     with pytest.raises(DataError, match=r"num_images=0 with min_images_per_identity=50 is less"):
         FaceLoader(packed, 4, min_images_per_identity=50)
+
+
+def test_a_set_of_another_size_than_expected_is_refused_with_both_numbers(packed):
+    FaceLoader(packed, 4, expected_images=29, expected_classes=6)
+    FaceLoader(packed, 4, min_images_per_identity=2, expected_images=28, expected_classes=5)
+    with pytest.raises(DataError, match=r"data\.num_images: 30 expected, but .*set has 29: mend data\.path or data\.num_images"):
+        FaceLoader(packed, 4, expected_images=30)
+    with pytest.raises(DataError, match=r"data\.num_classes: 6 expected, but .*set with min_images_per_identity=2 has 5: "):
+        FaceLoader(packed, 4, min_images_per_identity=2, expected_images=28, expected_classes=6)
+
+
+@pytest.mark.parametrize(("images", "ranks", "size", "batches"), [(29, 1, 5, 5), (29, 2, 7, 2), (29, 2, 8, 1), (29, 3, 10, 0)])
+def test_an_epoch_is_the_full_batches_of_an_equal_share(images, ranks, size, batches):
+    """Not of all images together: 29 images fill 3 x 9 + 2, yet with 10 a rank none."""
+    assert batches_per_epoch(images, ranks, size) == batches
 
 
 def test_arguments_out_of_range_are_refused(packed):
@@ -293,7 +368,9 @@ def test_a_label_out_of_range_in_a_packed_set_stops_the_batch(packed, tmp_path):
     body = bytearray(shard.read_bytes())
     body[12:16] = np.float32(17).tobytes()
     shard.write_bytes(body)
-    with pytest.raises(DataError, match=r"set: rank 0, step \d: label 17, expected a whole number in \[0, 6\): .*data_pipeline verify"):
+    with pytest.raises(
+        DataError, match=r"set: rank 0, step \d: shard_00000\.rec offset 0 \(key 0\): label 17, expected .* in \[0, 6\): .*verify"
+    ):
         take(FaceLoader(tmp_path / "set", 4), 7)
 
 
@@ -312,7 +389,7 @@ def test_a_record_that_dali_cannot_read_is_reported_with_set_rank_step_and_remed
 @pytest.mark.parametrize("augment", [PLAIN, ALL])
 def test_an_image_of_another_size_is_refused(tmp_path, augment):
     write_records(tmp_path / "train.rec", [(key, 0.0, jpeg(side=112 if key else 128)) for key in range(4)])
-    with pytest.raises(DataError, match=r"rank 0, step 1: an image of 128x128 pixels, expected 112x112"):
+    with pytest.raises(DataError, match=r"rank 0, step 1: train\.rec offset 0 \(key 0\): an image of 128x128 pixels, expected 112x112"):
         next(FaceLoader(tmp_path, 4, augment=augment))
 
 
@@ -324,4 +401,5 @@ def test_a_gpu_decodes_what_the_cpu_decodes(packed):
     for cpu, gpu in zip(on_cpu, on_gpu, strict=True):
         assert gpu.images.device.type == gpu.labels.device.type == "cuda"
         assert torch.equal(cpu.labels, gpu.labels.cpu())
+        assert cpu.records() == gpu.records()
         assert (cpu.images - gpu.images.cpu()).abs().max() <= 4.01 / 127.5

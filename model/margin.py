@@ -20,12 +20,13 @@ def unified_margin(cosine: Tensor, margin: Margin) -> Tensor:
     pi, the cosine part goes on as ``cos(theta) - cos(theta_pi) - 1`` with ``m1 theta_pi + m2 = pi``: it joins without a jump, keeps
     falling with theta (no fold-back) and keeps slope 1 in the cosine, so the hardest samples still get a gradient. The field's ArcFace
     continues with slope 1 as well, but jumps there from -1 to ``-cos(m2) - m2 sin(m2)``. Where a negative m2 (AdaFace) takes the angle
-    below 0, the cosine part stays at 1.
+    below 0, the cosine part stays at 1 and its slope is 0: so near its class center a sample of high quality is not pulled any closer.
 
     Args:
-        cosine: any shape, floating; values outside [-1, 1] by round-off are clamped.
+        cosine: any shape, floating; round-off beyond [-1, 1] does no harm.
         margin: tensors in it have the shape of ``cosine``.
-    Returns: the shape and dtype of ``cosine``, differentiable in it and in m2 and m3, except where two pieces join and at theta = 0.
+    Returns: the shape and dtype of ``cosine``, differentiable in it and in m2 and m3, except where two pieces join and at theta = 0 and
+        theta = pi, where the cosine is clamped.
     """
     m1, m2, m3 = margin
     if _is_cosine_alone(m1, m2):
@@ -39,7 +40,8 @@ def margin_slope(cosine: Tensor, margin: Margin, gradient: MarginGradient) -> Te
     """d(target cosine under the margin) / d(cosine), same shape as ``cosine``.
 
     ``exact`` is the true derivative ``m1 sin(m1 theta + m2) / sin(theta)``; it grows without bound as theta -> 0 and is capped only by
-    the clamp of the cosine to the open interval (-1, 1). ``straight_through`` is 1: what the field's published numbers were trained with.
+    the clamp of the cosine to the open interval (-1, 1), beyond which it stays what it is there. ``straight_through`` is 1: what the
+    field's published numbers were trained with.
     """
     m1, m2, _ = margin
     if gradient == "straight_through" or _is_cosine_alone(m1, m2):
@@ -51,27 +53,37 @@ def margin_slope(cosine: Tensor, margin: Margin, gradient: MarginGradient) -> Te
 
 
 def margin_slope_in_m2(cosine: Tensor, margin: Margin) -> Tensor:
-    """d(target cosine under the margin) / d(m2), same shape as ``cosine``: ``-sin(m1 theta + m2)``, and past pi what joins it."""
+    """d(target cosine under the margin) / d(m2), same shape as ``cosine``.
+
+    ``-sin(m1 theta + m2)``; 0 where the angle is below 0; past pi ``-sin((pi - m2) / m1) / m1``, at most 1 in size as everywhere.
+    """
     m1, m2, _ = margin
     angle = m1 * torch.acos(_inside(cosine)) + m2
     return torch.where(angle <= math.pi, -torch.sin(angle.clamp(min=0.0)), -_sin((math.pi - m2) / m1) / m1)
 
 
 def curricular_negatives(cosine: Tensor, target: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Negatives of CurricularFace (arXiv:2004.00288, Eq. 5 and 6): hard ones, ``cos_j > target``, become ``cos_j (t + cos_j)``.
+    """Negatives of CurricularFace, arXiv:2004.00288, Sec. 3.2 (its N(t, cos theta_j)).
+
+    Hard ones, ``cos_j > target``, become ``cos_j (t + cos_j)``: less than they were while ``t + cos_j < 1``, early in training, and more
+    later on.
 
     Args:
         cosine: [n, S] of the negatives.
-        target: [n, 1] target cosine under the margin.
+        target: [n, 1] target cosine under the margin. The published code compares with ``cos(theta + m)`` past pi as well, where it rises.
         t: scalar, from :func:`curricular_t`.
-    Returns: (modulated cosine, its derivative in ``cosine``: ``t + 2 cos_j`` where hard, else 1), both [n, S]. No gradient reaches ``t``.
+    Returns: (modulated cosine, its derivative in ``cosine``: ``t + 2 cos_j`` where hard, the paper's M, else 1), both [n, S]. t and target
+        count as constants.
     """
     hard = cosine > target
     return torch.where(hard, cosine * (t + cosine), cosine), torch.where(hard, t + 2.0 * cosine, 1.0)
 
 
 def curricular_t(t: Tensor, mean_target_cosine: Tensor) -> Tensor:
-    """The next t (arXiv:2004.00288, Eq. 7): ``0.01 mean(cos_y) + 0.99 t`` over the global batch, before its loss; t_0 = 0.
+    """The next t: ``0.01 mean(cos_y) + 0.99 t`` over the global batch, before its loss; t_0 = 0.
+
+    arXiv:2004.00288, Sec. 3.2, "Adaptive Estimation of t". Its momentum of 0.99 stands there at the new mean; the published code, like
+    this, gives it to the past.
 
     A mean that is not finite (the step will be skipped) leaves t alone: an average would never recover from it.
     """

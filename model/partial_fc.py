@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
@@ -17,8 +17,9 @@ from model.class_shard import ClassShard, initial_centers, sample_centers, true_
 from model.collectives import Collectives
 from model.kernels.products import Products
 from model.margin import MARGIN_GRADIENTS, MarginGradient, check_margin, curricular_t
+from model.micro_batch import Choice, Moving, Pending, Prepared, Union, no_gradient
 from model.norm_margin import AdaFace, NormMargin, NormStatistics, SampleMargin, next_norm_statistics
-from model.optimizer import CentersOptimizerKind, RowGradient, RowSparseAdamW, add_rows, build_centers_optimizer, unite_rows
+from model.optimizer import CentersOptimizerKind, RowSparseAdamW, build_centers_optimizer, unite_rows
 from model.prototypes import Expectation, LastEmbeddings
 from model.sharded_softmax import Batch, Objective, ShardedSoftmax, Term
 from model.unified_threshold import ShardedThreshold, initial_bias
@@ -127,7 +128,7 @@ class PartialFC:
         self._chunk_rows = chunk_rows
         self.shard = ClassShard(num_classes, self._ranks.rank, self._ranks.world_size)
         self.scale, self.margin_gradient, self.loss, self.interclass_filter = float(scale), margin_gradient, loss, interclass_filter
-        self._moving = _Moving(torch.zeros((), device=device), NormStatistics.initial(device))
+        self._moving = Moving(torch.zeros((), device=device), NormStatistics.initial(device))
         self._bias = torch.full((1, 1), initial_bias(max(1.0, sample_rate * num_classes)), device=device)
         self._bias_optimizer = RowSparseAdamW(self._bias, betas, eps)
         self._weight = initial_centers(self.shard, embedding_size, seed).to(device)
@@ -135,8 +136,8 @@ class PartialFC:
         self._expectation = Expectation(len(self.shard), embedding_size, device)
         self._last_embeddings: LastEmbeddings | None = None  # while the centers are vpl
         self._seed, self._draws, self._steps = seed, 0, 0
-        self._prepared: _Prepared | None = None
-        self._pending = _Pending()
+        self._prepared: Prepared | None = None
+        self._pending = Pending()
         # Of the last global micro-batch, before the margin: mean cos_y, mean of its square, and mean cosine to the own expectation.
         self.target_cosine = self.target_cosine_square = self.expectation_cosine = torch.full((), math.nan, device=device)
         self.set_stage(sample_rate, centers, update_expectation=False, margin=margin, curricular=curricular)
@@ -224,7 +225,7 @@ class PartialFC:
 
         Collectives: one all-gather of [b] int64.
         """
-        self._prepared = _Prepared(labels, labels._version, self._choose(labels))
+        self._prepared = Prepared(labels, labels._version, self._choose(labels))
 
     def __call__(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """Loss of the global micro-batch.
@@ -254,7 +255,7 @@ class PartialFC:
         with torch.autocast(self.weight.device.type, enabled=False):  # it would take products to a dtype that exp overflows
             return _Loss.apply(embeddings, self, choice, with_gradients)
 
-    def _choose(self, labels: Tensor) -> _Choice:
+    def _choose(self, labels: Tensor) -> Choice:
         if labels.is_floating_point():
             raise ValueError(f"labels must be integers, got {labels.dtype}")
         gathered = self._ranks.gather(labels.reshape(-1).to(torch.int64))()
@@ -273,10 +274,10 @@ class PartialFC:
         owned = true_rows(targets >= 0) if self.update_expectation or self.centers == "vpl" else None
         pending, union = self._pending.gradient, None
         if rows is not None and pending is not None and pending[0] is not None:
-            union = _Union(pending[0], unite_rows(pending[0], rows))
-        return _Choice(targets, rows, with_expectation, owned, union)
+            union = Union(pending[0], unite_rows(pending[0], rows))
+        return Choice(targets, rows, with_expectation, owned, union)
 
-    def _anchors(self, choice: _Choice) -> dict[AnchorName, Anchor]:
+    def _anchors(self, choice: Choice) -> dict[AnchorName, Anchor]:
         """What the terms of the loss name."""
         named = {name for term in _TERMS[self.centers] for name in (term.negatives, term.target)}
         anchors: dict[AnchorName, Anchor] = {}
@@ -308,6 +309,18 @@ class PartialFC:
         rows, grad = self._pending.mean_gradient(self.weight)
         return torch.arange(len(self.shard), device=grad.device) if rows is None else rows, grad.clone()
 
+    def not_finite_ranks(self) -> list[int]:
+        """Ranks to blame, in order, if a value of the micro-batches since the last step was not finite; the host waits for the device.
+
+        Those whose own embeddings or class centers were not finite, or if there are none, those whose gradients were not.
+        Collectives: a gather of [1, 3] bool.
+        """
+        mine = self._pending.not_finite
+        mine = torch.zeros(3, dtype=torch.bool, device=self.weight.device) if mine is None else mine
+        every = self._ranks.gather(mine.unsqueeze(0).to(torch.uint8))().bool().cpu()
+        blamed = every[:, 0] if every[:, 0].any() else every.any(1)
+        return blamed.nonzero().flatten().tolist()
+
     def gradient_norm(self) -> Tensor:
         """L2 norm of the pending gradient over all ranks, scalar float64. Collectives: one all-reduce of a float64."""
         grad = self._pending.mean_gradient(self.weight)[1]
@@ -331,10 +344,10 @@ class PartialFC:
 
     def discard(self) -> None:
         """Drop all that the micro-batches since the last step left: the step was skipped."""
-        self._pending = _Pending()
+        self._pending = Pending()
         self._prepared = None  # the expectations may have moved
 
-    def _move(self, mean_cosine: Tensor, norms: Tensor | None) -> tuple[_Moving, SampleMargin]:
+    def _move(self, mean_cosine: Tensor, norms: Tensor | None) -> tuple[Moving, SampleMargin]:
         """The running values after a micro-batch, and its margin. ``norms``: [B] float64, where the margin asks for them."""
         now = self._moving if self._pending.moving is None else self._pending.moving
         if self.curricular:
@@ -402,91 +415,15 @@ class PartialFC:
         self._bias.copy_(state["bias"])
         self._bias_optimizer.load_state({name: state[f"bias_{name}"] for name in self._bias_optimizer.state()})
         self._draws, self._steps = int(state["draws"]), int(state["applied_steps"])
-        self._moving = _Moving.from_state(state, self._weight.device)
+        self._moving = Moving.from_state(state, self._weight.device)
         self.discard()
-
-
-@dataclass(frozen=True)
-class _Moving:
-    """Running values that move with every micro-batch, before its loss, and are kept if the step is applied."""
-
-    t: Tensor  # of CurricularFace
-    norms: NormStatistics  # of AdaFace
-
-    def state(self) -> dict[str, Tensor]:
-        return {"curricular_t": self.t, "norm_mean": self.norms.mean, "norm_std": self.norms.std}
-
-    @classmethod
-    def from_state(cls, state: dict[str, Tensor], device: torch.device) -> _Moving:
-        t, mean, std = (state[name].to(device, copy=True) for name in ("curricular_t", "norm_mean", "norm_std"))
-        return cls(t, NormStatistics(mean, std))
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    labels: Tensor
-    version: int  # of its content
-    choice: _Choice
-
-    def is_of(self, labels: Tensor) -> bool:
-        return labels is self.labels and labels._version == self.version
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """Which of this rank's classes a micro-batch meets."""
-
-    targets: Tensor  # [B] int64 local row of each sample's class, -1 where another rank owns it
-    rows: Tensor | None  # [S] int64 sorted local rows that are scored; None: all
-    with_expectation: Tensor | None  # those of them that have an expectation; None: all
-    owned: Tensor | None  # [n] int64 samples whose class this rank owns; None where the expectations do not move
-    union: _Union | None  # of the rows with those of earlier micro-batches of the step, if both are named
-
-
-@dataclass(frozen=True)
-class _Union:
-    """``unite_rows`` of ``pending`` and a micro-batch's rows; made while the choice reads the device anyway."""
-
-    pending: Tensor
-    united: tuple[Tensor, Tensor]
-
-
-@dataclass
-class _Pending:
-    """What the micro-batches since the last step leave for :meth:`PartialFC.step`."""
-
-    gradient: RowGradient | None = None  # sum over micro-batches
-    micro_batches: int = 0
-    targets: list[Tensor] = field(default_factory=list)  # [n] int64 local rows of the samples that this rank owns, one a micro-batch
-    samples: list[Tensor] = field(default_factory=list)  # [n, D] float32 their unit embeddings
-    bias: Tensor | None = None  # [1, 1] float32 gradient of UniFace's bias, sum over micro-batches
-    moving: _Moving | None = None  # after the last of them
-
-    def add(self, gradient: RowGradient, union: _Union | None) -> None:
-        """``union`` is of no use if other micro-batches came between."""
-        if self.gradient is None:
-            self.gradient = gradient
-        else:
-            known = union is not None and union.pending is self.gradient[0]
-            self.gradient = add_rows(self.gradient, gradient, union.united if known else None)
-        self.micro_batches += 1
-
-    def mean_gradient(self, weight: Tensor) -> RowGradient:
-        """Of no rows if there is none. ``weight``: what it is the gradient of."""
-        if self.gradient is None:
-            return _no_gradient(weight)
-        rows, total = self.gradient
-        return rows, total if self.micro_batches == 1 else total / self.micro_batches
-
-    def mean_bias_gradient(self) -> Tensor:
-        return self.bias / self.micro_batches
 
 
 class _Loss(torch.autograd.Function):
     """Loss and both gradients in forward; backward only hands them on, so that nothing of the chunks outlives them."""
 
     @staticmethod
-    def forward(ctx, embeddings: Tensor, head: PartialFC, choice: _Choice, with_gradients: bool) -> Tensor:
+    def forward(ctx, embeddings: Tensor, head: PartialFC, choice: Choice, with_gradients: bool) -> Tensor:
         unit, norm = normalize(embeddings.detach().float())
         gathering = head._ranks.gather(unit)
         gathering_norms = head._ranks.gather(norm) if isinstance(head.margin, NormMargin) else None
@@ -504,7 +441,7 @@ class _Loss(torch.autograd.Function):
             head._pending.moving = moving
             scattering = head._ranks.scatter_sum(walked.grad_samples)
             if walked.grad_centers is None:
-                ctx.gradient, ctx.union = _no_gradient(head.weight), None
+                ctx.gradient, ctx.union = no_gradient(head.weight), None
             else:
                 ctx.gradient, ctx.union = (choice.rows, anchors[_W].backward_(walked.grad_centers)), choice.union
             feature_grad = normalize_backward_(scattering(), lambda block: unit[block], norm)
@@ -512,8 +449,10 @@ class _Loss(torch.autograd.Function):
                 mine = walked.grad_norms.view(head._ranks.world_size, -1)[head._ranks.rank]
                 feature_grad.addcmul_(unit, mine.float().unsqueeze(1))
             # A sum is finite only if every summand is. One of finite gradients that overflows float32 is no better.
-            finite = torch.stack([norm.sum(), feature_grad.sum(), ctx.gradient[1].sum()]).isfinite().all()
-            ctx.any_not_finite = head._ranks.sum((~finite).float())
+            of_input = norm.sum() + (anchors[_W].norm.sum() if _W in anchors else 0.0)
+            not_finite = ~torch.stack([of_input, feature_grad.sum(), ctx.gradient[1].sum()]).isfinite()
+            ctx.any_not_finite = head._ranks.sum(not_finite.any().float())
+            head._pending.note_not_finite(not_finite)
             ctx.owned = None if choice.owned is None else (choice.targets[choice.owned], samples[choice.owned])
             ctx.head, ctx.dtype, ctx.feature_grad, ctx.grad_bias = head, embeddings.dtype, feature_grad, walked.grad_bias
         return walked.loss
@@ -534,10 +473,6 @@ class _Loss(torch.autograd.Function):
         grad.mul_(grad_loss * head._ranks.world_size).masked_fill_(ctx.any_not_finite() > 0, math.inf)
         ctx.feature_grad = ctx.gradient = ctx.owned = ctx.grad_bias = None
         return grad.to(ctx.dtype), None, None, None
-
-
-def _no_gradient(weight: Tensor) -> RowGradient:
-    return torch.empty(0, dtype=torch.int64, device=weight.device), weight.new_empty(0, weight.shape[1])
 
 
 def _columns(targets: Tensor, rows: Tensor | None) -> Tensor:

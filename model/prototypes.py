@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Expectation:
-    """Unit prototypes e_j of one shard (EPL, arXiv:2405.12447; LVFace, arXiv:2501.13420), METHOD (17).
+    """Unit prototypes e_j of one shard (EPL, arXiv:2405.12447; LVFace, arXiv:2501.13420).
 
     ``e_y <- norm(a e_y + (1 - a) norm(f))`` with ``a = sigmoid(cos(e_y, f))``; a class without an expectation takes the average of its
     samples as it is.

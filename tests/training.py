@@ -46,7 +46,7 @@ def write_recipe(path: Path, data: Path, output: Path, **changes) -> Path:
     """
     recipe = {
         "output": str(output),
-        "model": {"name": "vit_xxt", "embedding_size": 32, "mask_ratio": 0.2, "drop_path": 0.2},
+        "model": {"name": "vit_xxt", "embedding_size": 32, "mask_ratio": 0.2, "drop_path": 0.2, "ema_decay": 0.9},
         "head": {"margin": {"m1": 1.0, "m2": 0.3, "m3": 0.1, "curricular": True}, "scale": 16.0},
         "data": {"path": str(data), "num_threads": 1, "augment": {"flip": 0.5, "shift_px": 3, "brightness": 0.2}},
         "batch": {"micro_batch_size": 8, "grad_accum_steps": 2},
@@ -108,4 +108,5 @@ def final_state(output: Path, rank: int) -> dict[str, torch.Tensor]:
 
     folder = output / "checkpoints" / (output / "checkpoints" / "latest").read_text().strip()
     state = torch.load(folder / f"rank_{rank:05d}.pt", weights_only=True)
-    return {**load_file(folder / "backbone.safetensors"), **state["head"], **state["buffers"], **state["rng"]}
+    ema = {f"ema.{name}": tensor for name, tensor in load_file(folder / "backbone_ema.safetensors").items()}
+    return {**load_file(folder / "backbone.safetensors"), **ema, **state["head"], **state["buffers"], **state["rng"]}

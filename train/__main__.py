@@ -20,11 +20,21 @@ Train a face-recognition backbone through the stages of a recipe.
 
 key=value overrides the recipe, with dots for sections: optimizer.lr=5e-4 stages.0.epochs=2. The run lies in `output`: recipe.yaml,
 metrics.jsonl, summary.json, checkpoints/. Started again, it goes on from its newest complete checkpoint (resume=auto).
+
+  python -m train plan --config R.yaml --deepspeed_config J.json --world-size 8
+
+says beforehand what a recipe comes to on a number of ranks, see python -m train plan --help.
+
 Exit codes of a rank: 0 the run is complete, 1 an unexpected error, 2 something given is wrong (one line says what), 130 interrupted."""
 
 
 def main() -> None:
     """Parse, check everything that needs no other rank, train, evaluate."""
+    if sys.argv[1:2] == ["plan"]:
+        _check_import_path()
+        from train.plan import main as plan
+
+        sys.exit(plan(sys.argv[2:]))
     arguments = _parse_arguments()
     _check_import_path()
     # Heavy imports come after the cheap refusals.
@@ -66,18 +76,25 @@ def _train(cfg, ds_config, summary, ranks) -> None:
     run = build_run(cfg, ds_config, summary, ranks)
     train(run)
     if ranks.is_first:  # the others wait at the end of the process group
-        if cfg.eval:
-            ranks.say(f"verifying the pairs of {cfg.eval.pairs}")
-        write_summary(run, _evaluate(cfg) if cfg.eval else None)
+        write_summary(run, *_evaluate(run))
     run.close()
 
 
-def _evaluate(cfg):
-    """Pair accuracy of the newest checkpoint."""
+def _evaluate(run):
+    """(pair accuracy of the last checkpoint's weights, of its mean weights); None for what the recipe does not have."""
     from eval.embedder import load_embedder
     from eval.pairs import evaluate_pairs
+    from train.checkpoint import BACKBONE, BACKBONE_EMA
 
-    return evaluate_pairs(load_embedder(cfg.output), cfg.eval.images, cfg.eval.pairs)
+    cfg = run.cfg
+
+    def accuracy(name):
+        run.ranks.say(f"verifying the pairs of {cfg.eval.pairs} with {name}")
+        return evaluate_pairs(load_embedder(run.last_checkpoint / name), cfg.eval.images, cfg.eval.pairs)
+
+    pairs = accuracy(BACKBONE) if cfg.eval else None
+    pairs_ema = accuracy(BACKBONE_EMA) if cfg.eval and cfg.model.ema_decay is not None else None
+    return pairs, pairs_ema
 
 
 def _parse_arguments() -> argparse.Namespace:

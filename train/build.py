@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -16,14 +17,16 @@ from eval.pairs import find_pairs
 from model.partial_fc import PartialFC
 from model.vit import build_vit
 from train.checkpoint import CheckpointError, Checkpoints, Identity, Saved
-from train.config import ConfigError, RunConfig
+from train.config import RunConfig
 from train.dist import RankError, Ranks
 from train.ds_config import DeepSpeedSummary
+from train.ema import BackboneEma
 from train.engine import build_engine, build_optimizer, require_compiler
+from train.guard import Guard
 from train.metrics import BuildInfo, Metrics, PhaseTimer
 from train.report import announce
-from train.run import Run
-from train.stages import StageManager
+from train.run import Run, head_margin
+from train.stages import StageManager, plan_stages
 
 # Sections of DeepSpeed's JSON that change numbers, beyond ZeRO stage and precision.
 _NUMERIC_SECTIONS = ("communication_data_type", "data_types", "torch_autocast", "bf16", "fp16")
@@ -47,9 +50,9 @@ def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks:
     saved = ranks.together(lambda: _read_checkpoint(cfg, checkpoints, newest))
     if saved:
         ranks.say(f"resuming from {newest}: step {saved.step}, stage {saved.run_state['stage']}")
-    batches = ranks.together(lambda: _open_data(cfg, ranks, saved))
+    batches = ranks.together(lambda: _open_data_at(cfg, ranks, saved) if saved else _open_data(cfg, ranks, 0))
     _check_agreement(ranks, cfg, ds_config, batches)
-    stages, warmup_steps = ranks.together(lambda: _plan_stages(cfg, batches))
+    stages = ranks.together(lambda: _plan_stages(cfg, batches, ranks, saved))
     build = BuildInfo(ranks.world_size, summary.zero_stage, summary.precision)
     metrics = ranks.together(
         lambda: Metrics(cfg.output / "metrics.jsonl", cfg.metrics.host, cfg.metrics.port, ranks.rank, ranks.local_rank, build)
@@ -65,14 +68,19 @@ def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks:
     )
     optimizer = ranks.together(lambda: build_optimizer(backbone, cfg.optimizer))
     engine = build_engine(backbone, optimizer, ds_config, compiled=cfg.model.compile)
-    margin = cfg.head.margin
+    decay = cfg.model.ema_decay
+    ema = ranks.together(lambda: BackboneEma(engine, decay) if decay is not None else None)
+    margin, curricular = head_margin(cfg.stage_margin(0))
     head = PartialFC(
         cfg.model.embedding_size,
         batches.num_classes,
-        margin=(margin.m1, margin.m2, margin.m3),
+        cfg.stages[0].sample_rate,
+        margin,
         scale=cfg.head.scale,
         margin_gradient=cfg.head.margin_gradient,
-        curricular=margin.curricular,
+        curricular=curricular,
+        loss=cfg.head.loss,
+        interclass_filter=cfg.head.interclass_filter,
         product_dtype=_product_dtype(cfg.head.product_dtype, summary.precision, ranks.device),
         chunk_rows=cfg.head.chunk_rows,
         group=ranks.group,
@@ -84,8 +92,9 @@ def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks:
     )
     # From here on every rank draws its own dropped patches and paths.
     torch.manual_seed(int(np.random.SeedSequence([cfg.seed, ranks.rank]).generate_state(1, np.uint64)[0]))
+    guard = Guard(cfg.guard, ranks, cfg.output, summary.precision)
     timer = PhaseTimer(ranks.device.type)
-    run = Run(cfg, ranks, batches, engine, head, stages, warmup_steps, checkpoints, metrics, timer, lock)
+    run = Run(cfg, ranks, batches, partial(_open_data, cfg, ranks), engine, ema, head, guard, stages, checkpoints, metrics, timer, lock)
     if saved:
         run.resume(saved)
     announce(run, ds_config, summary)
@@ -114,7 +123,7 @@ def _lock(output: Path, say: Callable[[str], None]) -> TextIO | None:
 
 def _check_agreement(ranks: Ranks, cfg: RunConfig, ds_config: dict, batches: FaceLoader) -> None:
     """Nodes may hold stale copies of a file. Raises RankError. Collectives: one gather."""
-    mine = {"recipe": cfg.recipe_hash(), "deepspeed": ds_config, "data set": batches.fingerprint["set"]}
+    mine = {"recipe": cfg.shared_values(), "deepspeed": ds_config, "data set": batches.fingerprint["set"]}
     views = ranks.gather({name: json.dumps(value, sort_keys=True) for name, value in mine.items()})
     for name in mine:
         strangers = [rank for rank, view in enumerate(views) if view[name] != views[0][name]]
@@ -128,35 +137,45 @@ def _read_checkpoint(cfg: RunConfig, checkpoints: Checkpoints, newest: Path | No
             raise CheckpointError(f"{newest}: this output has a checkpoint, and resume=never; choose another output, or resume=auto")
         return None
     if newest is None:
-        if cfg.resume == "required":
+        if cfg.resume in ("required", "branch"):
             raise CheckpointError(
-                f"{checkpoints.folder}: no checkpoint to resume from, and resume=required; check output, or set resume=auto"
+                f"{checkpoints.folder}: no checkpoint to resume from, and resume={cfg.resume}; check output, or set resume=auto"
             )
         return None
-    return checkpoints.read(newest)
+    return checkpoints.read(newest, branch=cfg.resume == "branch")
 
 
-def _open_data(cfg: RunConfig, ranks: Ranks, saved: Saved | None) -> FaceLoader:
+def _plan_stages(cfg: RunConfig, batches: FaceLoader, ranks: Ranks, saved: Saved | None) -> StageManager:
+    stages = StageManager(*plan_stages(cfg, batches.num_images, ranks.world_size))
+    if saved:
+        stages.load_state(saved.run_state["stages"], saved.step)
+    return stages
+
+
+def _open_data_at(cfg: RunConfig, ranks: Ranks, saved: Saved) -> FaceLoader:
+    """The data from a checkpoint on. A branch may begin a stage of another batch there, which reads them anew, as at any such switch."""
+    state, stages = saved.rank_state["loader"], saved.run_state["stages"]
+    stage, begins = stages["index"], saved.step == stages["start"] > 0
+    sizes = [cfg.stage_batch(index).micro_batch_size for index in (stage - 1, stage)]
+    anew = begins and sizes[0] != sizes[1] != state["fingerprint"]["batch_size"]
+    return _open_data(cfg, ranks, stage, None if anew else state)
+
+
+def _open_data(cfg: RunConfig, ranks: Ranks, stage: int, state: dict | None = None) -> FaceLoader:
+    """What stage ``stage`` reads: the data from their beginning, or from ``state`` on. Stages of one batch size in a row share a loader."""
+    sizes = [cfg.stage_batch(index).micro_batch_size for index in range(stage + 1)]
+    first = next(index for index in range(stage, -1, -1) if index == 0 or sizes[index - 1] != sizes[stage])
     return FaceLoader(
         cfg.data.path,
-        cfg.batch.micro_batch_size,
+        sizes[stage],
         rank=ranks.rank,
         world_size=ranks.world_size,
         device_id=ranks.device_id,
-        seed=cfg.seed,
+        seed=cfg.seed if first == 0 else int(np.random.SeedSequence([cfg.seed, first]).generate_state(1)[0]),  # another order each time
         num_threads=cfg.data.num_threads,
         augment=Augment(**cfg.data.augment.model_dump()),
         min_images_per_identity=cfg.data.min_images_per_identity,
-        state=saved.rank_state["loader"] if saved else None,
+        expected_images=cfg.data.num_images,
+        expected_classes=cfg.data.num_classes,
+        state=state,
     )
-
-
-def _plan_stages(cfg: RunConfig, batches: FaceLoader) -> tuple[StageManager, int]:
-    """The stages and the warm-up in optimizer steps, now that the length of an epoch is known."""
-    stages = StageManager(cfg.stages, batches.steps_per_epoch, cfg.batch.grad_accum_steps)
-    warmup_steps = cfg.schedule.warmup_steps
-    if warmup_steps is None:
-        warmup_steps = round(cfg.schedule.warmup_epochs * batches.steps_per_epoch / cfg.batch.grad_accum_steps)
-    if warmup_steps > stages.total_steps:
-        raise ConfigError(f"schedule: a warm-up of {warmup_steps} steps is longer than the whole run of {stages.total_steps} steps")
-    return stages, warmup_steps

@@ -4,8 +4,10 @@
       latest                  text: the name of the newest complete checkpoint
       step_00001200/
         engine/               DeepSpeed's own shards: parameters, float32 masters, optimizer moments (and its conversion scripts beside it)
-        rank_00000.pt ...     per rank: its rows of the head, the loader's cursor, random state, its BatchNorm statistics
+        rank_00000.pt ...     per rank: its rows of the head, the loader's cursor, random state, its BatchNorm statistics, its part of the
+                              mean weights
         backbone.safetensors  the whole backbone in float32 under its released key names, for evaluation and release
+        backbone_ema.safetensors  the same of the mean weights; with model.ema_decay alone
         manifest.json         what the run was, and size and SHA-256 of every file above; a folder without it is not a checkpoint
 
 A checkpoint is written as ``step_00001200.partial`` and renamed when every file and the manifest are on disk, so a kill at any moment
@@ -28,9 +30,11 @@ from safetensors.torch import save_file
 
 from data_pipeline.output import replace_file, sync_folder
 from train.dist import Ranks
+from train.ema import BackboneEma
 from train.engine import full_backbone_weights
 
-_FORMAT = 1
+BACKBONE, BACKBONE_EMA = "backbone.safetensors", "backbone_ema.safetensors"
+_FORMAT = 2
 _NAME = re.compile(r"step_\d{8}")
 
 
@@ -48,9 +52,9 @@ class Identity:
     recipe: dict[str, Any]  # RunConfig.mathematics()
     deepspeed: dict[str, Any]  # the sections of its JSON that change numbers
 
-    def differences(self, saved: dict[str, Any]) -> list[str]:
-        """``key: this run has X, the checkpoint Y`` for every difference, nested keys dotted."""
-        mine, theirs = _flatten(json.loads(json.dumps(vars(self)))), _flatten(saved)
+    def differences(self, saved: dict[str, Any], begun: int | None = None) -> list[str]:
+        """``key: this run has X, the checkpoint Y`` for every difference, nested keys dotted; of the stages only the first ``begun``."""
+        mine, theirs = (_flatten(_cut(identity, begun)) for identity in (json.loads(json.dumps(vars(self))), saved))
         keys = sorted(mine.keys() | theirs.keys())
         return [
             f"{key}: this run has {mine.get(key)}, the checkpoint {theirs.get(key)}" for key in keys if mine.get(key) != theirs.get(key)
@@ -61,18 +65,19 @@ class Checkpoints:
     """The ``checkpoints`` folder of one run."""
 
     def __init__(self, folder: Path, ranks: Ranks, identity: Identity, keep_last: int, preset: str) -> None:
-        """``preset``: name of the backbone in model.vit, for the metadata of backbone.safetensors."""
+        """``preset``: name of the backbone in model.vit, for the metadata of the .safetensors."""
         self.folder, self._ranks, self._identity, self._keep_last, self._preset = folder, ranks, identity, keep_last, preset
 
-    def save(self, step: int, engine, rank_state: dict[str, Any], run_state: dict[str, Any]) -> Path:
+    def save(self, step: int, engine, ema: BackboneEma | None, rank_state: dict[str, Any], run_state: dict[str, Any]) -> Path:
         """Commit a checkpoint of ``step`` completed optimizer steps and delete those beyond keep_last.
 
         Args:
+            ema: the mean of the engine's weights, where the run keeps one; unchanged afterwards, as the engine is.
             rank_state: this rank's tensors and plain values (torch.save, readable with weights_only).
             run_state: JSON values that are equal on all ranks; rank 0's are kept.
 
-        Raises RankError on every rank if a file cannot be written. Collectives: DeepSpeed's save, the gather of the backbone, four gathers
-        of a line of text.
+        Raises RankError on every rank if a file cannot be written. Collectives: DeepSpeed's save, the gather of the backbone (with
+        ``ema`` two), a gather of a line of text after every file.
         """
         name = f"step_{step:08d}"
         final, partial = self.folder / name, self.folder / f"{name}.partial"
@@ -81,14 +86,19 @@ class Checkpoints:
         universal = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
         engine.save_checkpoint(str(partial), tag="engine", save_latest=False, client_state=universal)
         buffers = {key: buffer.detach().cpu().clone() for key, buffer in engine.module.named_buffers()}
-        everything = {**rank_state, "buffers": buffers, "rng": _random_state(self._ranks.device)}
+        everything = {**rank_state, "buffers": buffers, "rng": _random_state(self._ranks.device), "ema": ema.state() if ema else None}
         self._ranks.together(lambda: torch.save(everything, partial / f"rank_{self._ranks.rank:05d}.pt"))
-        weights = full_backbone_weights(engine, self._ranks.group)
-        backbone = partial / "backbone.safetensors"
-        self._ranks.together(lambda: save_file(weights, backbone, metadata={"preset": self._preset}) if self._ranks.is_first else None)
+        self._save_backbone(engine, partial / BACKBONE)
+        if ema:
+            with ema.swapped_in():
+                self._save_backbone(engine, partial / BACKBONE_EMA)
         manifest = {"format": _FORMAT, "step": step, "identity": vars(self._identity), "run": run_state}
         self._ranks.together(lambda: self._commit(partial, final, manifest) if self._ranks.is_first else None)
         return final
+
+    def _save_backbone(self, engine, path: Path) -> None:
+        weights = full_backbone_weights(engine, self._ranks.group)
+        self._ranks.together(lambda: save_file(weights, path, metadata={"preset": self._preset}) if self._ranks.is_first else None)
 
     def _commit(self, partial: Path, final: Path, manifest: dict[str, Any]) -> None:
         replace_file(partial / "manifest.json", json.dumps({**manifest, "files": _describe(partial)}, indent=1))
@@ -134,13 +144,20 @@ class Checkpoints:
     def _names(self) -> list[str]:
         return sorted(path.name for path in self.folder.glob("step_*") if _NAME.fullmatch(path.name))
 
-    def read(self, checkpoint: Path) -> Saved:
-        """The checkpoint's state for this rank. Raises CheckpointError if it belongs to another run (see :class:`Identity`)."""
+    def read(self, checkpoint: Path, *, branch: bool = False) -> Saved:
+        """The checkpoint's state for this rank; with ``branch`` stages that had not begun may differ from this run's.
+
+        Raises CheckpointError if it belongs to another run (see :class:`Identity`).
+        """
         manifest = json.loads((checkpoint / "manifest.json").read_text())
-        differences = self._identity.differences(manifest["identity"])
+        begun = _stages_begun(manifest) if branch else None
+        if branch and manifest["run"]["stages"]["index"] >= len(self._identity.recipe["stages"]):
+            raise CheckpointError(f"{checkpoint}: the stages of this run end before it; keep only earlier checkpoints in the copy")
+        differences = self._identity.differences(manifest["identity"], begun)
         if differences:
             raise CheckpointError(
-                f"{checkpoint} belongs to another run: {'; '.join(differences)}. Undo the change, or start anew with another output"
+                f"{checkpoint} belongs to another run: {'; '.join(differences)}. Undo the change, or "
+                + ("keep only checkpoints before that stage in the copy" if branch else "start anew with another output")
             )
         rank_state = torch.load(checkpoint / f"rank_{self._ranks.rank:05d}.pt", weights_only=True, map_location="cpu")
         return Saved(checkpoint, manifest["step"], rank_state, manifest["run"])
@@ -155,12 +172,17 @@ class Saved:
     rank_state: dict[str, Any]
     run_state: dict[str, Any]
 
-    def restore(self, engine) -> None:
-        """Give the engine its weights and optimizer, this rank its BatchNorm statistics and random state. Collectives: DeepSpeed's load."""
+    def restore(self, engine, ema: BackboneEma | None) -> None:
+        """Give the engine its weights and optimizer, this rank its BatchNorm statistics, random state and part of the mean weights.
+
+        Collectives: DeepSpeed's load.
+        """
         engine.load_checkpoint(str(self.folder), tag="engine")
         buffers = dict(engine.module.named_buffers())
         for key, saved in self.rank_state["buffers"].items():
             buffers[key].copy_(saved)
+        if ema:
+            ema.load_state(self.rank_state["ema"])
         _restore_random_state(self.rank_state["rng"])
 
 
@@ -226,6 +248,16 @@ def _restore_random_state(state: dict[str, torch.Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def _stages_begun(manifest: dict[str, Any]) -> int:
+    stages = manifest["run"]["stages"]
+    return stages["index"] + (manifest["step"] > stages["start"])
+
+
+def _cut(identity: dict[str, Any], begun: int | None) -> dict[str, Any]:
+    recipe = identity["recipe"]
+    return {**identity, "recipe": {**recipe, "stages": {str(i): stage for i, stage in enumerate(recipe["stages"][:begun])}}}
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

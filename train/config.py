@@ -6,27 +6,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Tag,
     ValidationError,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
-from train.document import ConfigError, Key, Problem, did_you_mean, dotted, read_yaml, show, write_yaml
+from train.agreement import contradictions
+from train.document import ConfigError, Document, dotted, read_recipe, write_yaml
 from train.explain import PROBLEMS, explain
 
 __all__ = ["ConfigError", "RunConfig", "load_run_config"]
@@ -50,23 +52,69 @@ class ModelConfig(Section):
     drop_path: Fraction | None = None  # rate of the last block; null: the preset's
     activation_checkpointing: bool = False  # recompute the blocks in backward: less memory, a third more compute
     compile: bool = False  # torch.compile: fused kernels, rounded otherwise; needs a compiler, a minute at the start, and ZeRO 1 or 2
+    ema_decay: Fraction | None = None  # weight of the past in an exponential mean of the weights, kept beside them; null: none is kept
 
 
-class MarginConfig(Section):
-    """Target logit: s (cos(m1 theta + m2) - m3), METHOD equation 12."""
+class MarginSection(Section):
+    """What the margins have in common."""
 
+    kind: str
+
+    def text(self) -> str:
+        """``unified m1 1 m2 0.5 m3 0``."""
+        values = [f"{name} {value:g}" for name, value in self if isinstance(value, float)]
+        return " ".join([self.kind, *values, *(name for name, value in self if value is True)])
+
+
+class UnifiedMargin(MarginSection):
+    """Target logit: s (cos(m1 theta + m2) - m3). SphereFace, ArcFace and CosFace, alone or together."""
+
+    kind: Literal["unified"] = "unified"
     m1: Annotated[float, Field(ge=1)] = 1.0  # factor (SphereFace)
     m2: Annotated[float, Field(ge=0, lt=math.pi)] = 0.0  # radians (ArcFace)
-    m3: Probability = 0.4  # cosine (CosFace)
+    m3: Probability = 0.0  # cosine (CosFace)
     curricular: bool = False  # hard negatives count for more, as in CurricularFace
+
+
+class AdaFaceMargin(MarginSection):
+    """The margin follows the embedding's norm as a measure of image quality: AdaFace, arXiv:2204.00964."""
+
+    kind: Literal["adaface"]
+    m: Annotated[float, Field(gt=0, lt=math.pi / 2)] = 0.4  # radians and cosine
+    h: PositiveFloat = 0.333  # how much of a norm's standard deviation counts
+
+
+class MagFaceMargin(MarginSection):
+    """The angle grows with the embedding's norm, which is trained along: MagFace, arXiv:2103.06627."""
+
+    kind: Literal["magface"]
+    l_a: PositiveFloat = 10.0  # norms are clamped to [l_a, u_a]
+    u_a: PositiveFloat = 110.0
+    l_m: Annotated[float, Field(ge=0, lt=math.pi)] = 0.45  # radians at l_a
+    u_m: Annotated[float, Field(ge=0, lt=math.pi)] = 0.8  # radians at u_a
+    lambda_g: NonNegativeFloat = 35.0  # weight of the term that makes norms large
+
+
+def _kind(margin: Any) -> str:
+    return str(margin.get("kind", "unified")) if isinstance(margin, dict) else getattr(margin, "kind", "unified")
+
+
+Margin = Annotated[
+    Annotated[UnifiedMargin, Tag("unified")] | Annotated[AdaFaceMargin, Tag("adaface")] | Annotated[MagFaceMargin, Tag("magface")],
+    Discriminator(_kind),
+]
 
 
 class HeadConfig(Section):
     """The Partial-FC head. The number of classes comes from the data."""
 
-    margin: MarginConfig = MarginConfig()
+    margin: Margin = UnifiedMargin(m3=0.4)  # of stages that name none
     scale: Annotated[float, Field(gt=0, le=128)] = 64.0  # s
     margin_gradient: Literal["exact", "straight_through"] = "exact"  # d logit/d cos: the true derivative, or s
+    # softmax: over the scored classes. uniface: every class against one learned threshold (unified cross-entropy).
+    loss: Literal["softmax", "uniface"] = "softmax"
+    # Negatives above this cosine are left out, because they may be the true class of a wrong label; null: none are.
+    interclass_filter: Annotated[float, Field(gt=0, lt=1)] | None = None
     optimizer: Literal["row_sparse", "dense"] = "row_sparse"  # AdamW on the scored rows, or on all rows
     # Operands of the head's matrix products; sums are float32. auto: bfloat16 on a GPU unless DeepSpeed's precision is fp32, else float32.
     product_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -88,6 +136,9 @@ class DataConfig(Section):
     path: Path  # folder of record shards, relative to the working directory
     num_threads: PositiveInt = 2  # decoding threads per rank
     min_images_per_identity: PositiveInt = 1  # smaller identities are left out
+    # What the data must hold after that; null: whatever it does. With them `train plan` needs no data.
+    num_images: PositiveInt | None = None
+    num_classes: PositiveInt | None = None
     augment: AugmentConfig = AugmentConfig()
 
 
@@ -95,7 +146,30 @@ class BatchConfig(Section):
     """Batch sizes. Global batch = micro_batch_size x grad_accum_steps x world_size."""
 
     micro_batch_size: Annotated[int, Field(ge=2)] = 64  # images per rank and forward pass; BatchNorm needs two
-    grad_accum_steps: PositiveInt = 1  # forward passes per optimizer step
+    grad_accum_steps: PositiveInt | None = None  # forward passes per optimizer step; null: 1, or what global_batch_size asks for
+    global_batch_size: PositiveInt | None = None  # images per optimizer step over all ranks, whatever their number; at most one of the two
+
+    def accumulation(self, world_size: int, key: str = "batch") -> int:
+        """Forward passes per optimizer step; ``key``: where the section stands in the recipe.
+
+        Raises: ConfigError if global_batch_size is no multiple of what all ranks take at once.
+        """
+        if self.global_batch_size is None:
+            return self.grad_accum_steps or 1
+        at_once = self.micro_batch_size * world_size
+        if self.global_batch_size % at_once:
+            share, rest = divmod(self.global_batch_size, world_size)
+            sizes = [size for size in range(2, self.micro_batch_size + 1) if not rest and share % size == 0]
+            hint = f"; {key}.micro_batch_size={sizes[-1]} would do" if sizes else f"; {world_size} ranks cannot share it evenly"
+            raise ConfigError(
+                f"{key}.global_batch_size: {self.global_batch_size} is no multiple of micro_batch_size x world_size = "
+                f"{self.micro_batch_size} x {world_size}{hint}"
+            )
+        return self.global_batch_size // at_once
+
+    def images_per_step(self, world_size: int) -> int:
+        """The global batch. Raises ConfigError as :meth:`accumulation`."""
+        return self.micro_batch_size * self.accumulation(world_size) * world_size
 
 
 class OptimizerConfig(Section):
@@ -107,10 +181,11 @@ class OptimizerConfig(Section):
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     clip_grad_norm: NonNegativeFloat = 5.0  # global L2 norm of the backbone's gradient; 0: off
+    decay_all: bool = False  # weight decay on norms, biases, pos_embed and mask_token as well: the field's way
 
 
 class ScheduleConfig(Section):
-    """Learning rate: linear warm-up, then decay to final_lr at the last step."""
+    """Learning rate: linear warm-up, to optimizer.lr in the run's own, then decay to final_lr at the last step."""
 
     warmup_epochs: NonNegativeFloat = 0.0  # at most one of the two is set
     warmup_steps: NonNegativeInt | None = None  # optimizer steps
@@ -119,16 +194,42 @@ class ScheduleConfig(Section):
     final_lr: NonNegativeFloat = 0.0
 
 
+class SegmentConfig(ScheduleConfig):
+    """A learning-rate curve of one stage's own."""
+
+    lr: PositiveFloat  # at the end of its warm-up
+
+
+class UntilConfig(Section):
+    """What ends a stage before its time: the mean square of cos_y over the global batch, smoothed, reaches a threshold."""
+
+    target_cosine_square: Annotated[float, Field(gt=0, lt=1)]  # the threshold
+    smoothing: Fraction = 0.99  # weight of the past in the exponential mean, per optimizer step; it begins with the stage
+    check_every: PositiveInt = 10  # optimizer steps of the stage from look to look; the host waits for the device there
+
+
 class StageConfig(Section):
     """One stage of the run: how long, and what the head does meanwhile."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
     epochs: PositiveInt | None = None  # exactly one of epochs and steps is set
     steps: PositiveInt | None = None  # optimizer steps
+    until: UntilConfig | None = None  # may end the stage earlier: the next one takes over what is left of its images
+    margin: Margin | None = None  # null: head.margin
     sample_rate: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of the class centers scored per step
-    # Scored against: the class centers, or these and the expectations (pco, pco_shared, epl), or the expectations alone (replace).
-    centers: Literal["learned", "pco", "pco_shared", "epl", "replace"] = "learned"
+    # Scored against: the class centers (vpl: drawn towards the last embedding of their class), or these and the expectations (pco,
+    # pco_shared, epl), or the expectations alone (replace).
+    centers: Literal["learned", "pco", "pco_shared", "epl", "replace", "vpl"] = "learned"
     update_expectation: bool = False  # move the expectations with every applied step
+    batch: BatchConfig | None = None  # null: the run's
+    schedule: SegmentConfig | None = None  # a curve over this stage alone; null: the run's, which all such stages share
+
+
+class GuardConfig(Section):
+    """What a run does about steps that go wrong. A step whose gradient is not finite on any rank is always skipped on all."""
+
+    max_skipped: PositiveInt = 50  # steps in a row that are skipped before the run stops; fp16 finds its loss scale within 20
+    spike_factor: Annotated[float, Field(gt=1)] | None = None  # a loss above this times its running mean is skipped as well; null: none is
 
 
 class CheckpointConfig(Section):
@@ -158,7 +259,9 @@ class RunConfig(Section):
 
     seed: NonNegativeInt = 0
     output: Path  # run directory: checkpoints, log, resolved recipe
-    resume: Literal["auto", "required", "never"] = "auto"  # go on from output's latest checkpoint: if there is one, or else fail, or never
+    # Go on from output's newest checkpoint: if there is one (auto), or else fail (required), or never. branch: as required, but stages that
+    # had not begun may differ, in a copy of the output of another run.
+    resume: Literal["auto", "required", "never", "branch"] = "auto"
     epochs: PositiveInt | None = None  # optional check: the stages' epochs must add up to it
     model: ModelConfig = ModelConfig()
     head: HeadConfig = HeadConfig()
@@ -167,13 +270,18 @@ class RunConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)]
+    guard: GuardConfig = GuardConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
     eval: EvalConfig | None = None
 
-    def global_batch_size(self, world_size: int) -> int:
-        """Images per optimizer step over all ranks."""
-        return self.batch.micro_batch_size * self.batch.grad_accum_steps * world_size
+    def stage_batch(self, index: int) -> BatchConfig:
+        """The batch of stage ``index``."""
+        return self.stages[index].batch or self.batch
+
+    def stage_margin(self, index: int) -> MarginSection:
+        """The margin of stage ``index``."""
+        return self.stages[index].margin or self.head.margin
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out; ``load_run_config`` reads it back as an equal object."""
@@ -182,83 +290,42 @@ class RunConfig(Section):
     def mathematics(self) -> dict[str, Any]:
         """The fields that change what is computed, as JSON values.
 
-        Left out: where things lie (output, data.path: the loader's fingerprint tells data sets apart), how a run is watched, saved
-        and evaluated (resume, metrics, checkpoint, eval), and what changes speed alone (data.num_threads, model.activation_checkpointing).
+        Left out: where things lie (output, data.path: the loader's fingerprint tells data sets apart), how a run is watched, guarded, saved
+        and evaluated (resume, guard, metrics, checkpoint, eval), what is only checked (data.num_images, data.num_classes), and what changes
+        speed alone (data.num_threads, model.activation_checkpointing). A run that a guard stopped may thus go on with another one.
         """
         return self.model_dump(
             mode="json",
             exclude={
-                **dict.fromkeys(("output", "resume", "metrics", "checkpoint", "eval"), True),
-                "data": {"path", "num_threads"},
+                **dict.fromkeys(("output", "resume", "guard", "metrics", "checkpoint", "eval"), True),
+                "data": {"path", "num_threads", "num_images", "num_classes"},
                 "model": {"activation_checkpointing"},
             },
         )
 
-    def recipe_hash(self) -> str:
-        """SHA-256 (hex) over :meth:`mathematics`."""
-        return hashlib.sha256(json.dumps(self.mathematics(), sort_keys=True).encode()).hexdigest()
+    def shared_values(self) -> dict[str, Any]:
+        """The fields that must be equal on all ranks, as JSON values: all but where things lie on a node."""
+        local = {"output": True, "data": {"path", "num_threads"}, "metrics": {"host", "port"}, "eval": {"images", "pairs"}}
+        return self.model_dump(mode="json", exclude=local)
 
     @model_validator(mode="after")
     def _agree(self) -> RunConfig:
-        problems = [*_preset_problems(self), *_schedule_problems(self), *_stage_problems(self)]
+        problems = list(contradictions(self))
         if problems:
             text = "; ".join(f"{dotted(key)}: {message}" for key, message in problems)
             raise PydanticCustomError(PROBLEMS, "{text}", {"text": text, "problems": problems})
         return self
 
 
-def _preset_problems(run: RunConfig) -> Iterator[Problem]:
-    from model.vit import PRESETS  # here, so that reading the schema does not import torch
-
-    if run.model.name not in PRESETS:
-        known = ", ".join(PRESETS)
-        yield ("model", "name"), f"must be one of {known}, got {show(run.model.name)}{did_you_mean(run.model.name, PRESETS)}"
-
-
-def _schedule_problems(run: RunConfig) -> Iterator[Problem]:
-    schedule, stages = run.schedule, run.stages
-    if schedule.final_lr > run.optimizer.lr:
-        yield ("schedule", "final_lr"), f"must not exceed optimizer.lr = {run.optimizer.lr:g}, got {schedule.final_lr:g}"
-    if schedule.warmup_epochs and schedule.warmup_steps:
-        both = f"{schedule.warmup_steps} while warmup_epochs is {schedule.warmup_epochs:g}"
-        yield ("schedule", "warmup_steps"), f"is {both}; give one of the two"
-    # A run of epochs and steps mixed, or warmed up in the other unit, has no length before the data is opened.
-    for unit, warmup in (("epochs", schedule.warmup_epochs), ("steps", schedule.warmup_steps or 0)):
-        lengths = [getattr(stage, unit) for stage in stages]
-        if None not in lengths and warmup > sum(lengths):
-            yield ("schedule", f"warmup_{unit}"), f"is {warmup:g}, longer than the whole run of {sum(lengths)} {unit}"
-    if run.epochs is not None:
-        lengths = [stage.epochs for stage in stages]
-        parts = " + ".join(f"{stage.name} {stage.epochs}" for stage in stages)
-        if None in lengths:
-            yield ("epochs",), "cannot be checked, because a stage is given in steps; remove it"
-        elif sum(lengths) != run.epochs:
-            yield ("epochs",), f"is {run.epochs}, but the stages' epochs add up to {sum(lengths)} ({parts})"
-
-
-def _stage_problems(run: RunConfig) -> Iterator[Problem]:
-    names: set[str] = set()
-    expectation_exists = False
-    for index, stage in enumerate(run.stages):
-        key: Key = ("stages", index)
-        if stage.name in names:
-            yield (*key, "name"), f"{stage.name!r} is taken by an earlier stage"
-        names.add(stage.name)
-        if (stage.epochs is None) == (stage.steps is None):
-            given = "both" if stage.epochs else "neither"
-            yield key, f"stage {stage.name!r} needs exactly one of epochs and steps, got {given}"
-        expectation_exists |= stage.update_expectation
-        if stage.centers != "learned" and not expectation_exists:
-            yield (*key, "centers"), f"{stage.centers} needs expectations: set update_expectation: true in this stage or an earlier one"
-
-
 def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a recipe and apply overrides such as ``data.path=OUT`` or ``stages.0.epochs=1`` (values are YAML), last one wins.
+
+    A recipe may name another as its ``base``, see ``train.document.read_recipe``; overrides come after.
 
     Raises: ConfigError with one line per problem, each naming the key, what was expected and found, and the file's line or
     ``(command line)``. Checks that compare fields are made once every field by itself is good.
     """
-    document = read_yaml(Path(path))
+    document = read_recipe(Path(path))
     problems: list[str] = []
     for assignment in overrides:
         try:
@@ -266,10 +333,18 @@ def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         except ConfigError as error:
             problems += error.problems
     try:
-        # Strict JSON mode: no "64" for 64 and no 1 for true, yet text for a Path and a list for a tuple.
-        run = RunConfig.model_validate_json(json.dumps(document.data), strict=True)
-    except ValidationError as error:
-        raise ConfigError(problems + explain(error, RunConfig, document)) from None
+        run = validate(document)
+    except ConfigError as error:
+        raise ConfigError(problems + error.problems) from None
     if problems:
         raise ConfigError(problems)
     return run
+
+
+def validate(document: Document) -> RunConfig:
+    """The recipe in ``document``. Raises: ConfigError with one line per problem."""
+    try:
+        # Strict JSON mode: no "64" for 64 and no 1 for true, yet text for a Path and a list for a tuple.
+        return RunConfig.model_validate_json(json.dumps(document.data), strict=True)
+    except ValidationError as error:
+        raise ConfigError(explain(error, RunConfig, document)) from None

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -51,6 +52,12 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.group, device=self.device)
         return box[0]
+
+    def agree(self, value: Tensor) -> float:
+        """Rank 0's float64 scalar on every rank; the host waits for the device. Collectives: one broadcast."""
+        value = value.to(self.device, torch.float64, copy=True)
+        dist.broadcast(value, 0, group=self.group)
+        return float(value)
 
     def gather(self, value: object) -> list:
         """Every rank's picklable ``value`` in rank order, on every rank."""

@@ -70,6 +70,8 @@ class Document:
             elif not isinstance(parent, dict):
                 raise ConfigError(f"{dotted_key}: {dotted(key)} is {show(parent)}, which has no keys (command line)")
             key = (*key, name)
+        if key[-1] == "kind" and isinstance(parent, dict) and parent.get("kind") != value:
+            parent.clear()  # the other keys are those of another kind
         parent[key[-1]] = value
         self.places = {k: p for k, p in self.places.items() if k[: len(key)] != key}
         self.places[key] = "command line"
@@ -104,6 +106,45 @@ def read_yaml(path: Path) -> Document:
     if document.data is None:
         document.data = {}
     return _require_mapping(document)
+
+
+def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> Document:
+    """Read a YAML mapping on top of the one that its ``base: other.yaml`` names, a path relative to this file's folder.
+
+    The base is read first, and may have one itself. Sections are merged key by key; a value or a list replaces the base's, and so does a
+    section that says its ``kind``: the keys of one kind are not those of another. Every key keeps the place where it was written.
+
+    Args:
+        above: the files that lead here, each the base of the one before.
+    Raises: ConfigError as :func:`read_yaml`; and if ``base`` is no path of a file, or leads back to a file above.
+    """
+    document = read_yaml(path)
+    if "base" not in document.data:
+        return document
+    name = document.data.pop("base")
+    if not isinstance(name, str):
+        raise ConfigError(document.problem(("base",), f"must be the path of a recipe, relative to this file's folder, got {show(name)}"))
+    base, chain = path.parent / name, (*above, path)
+    if not base.is_file():
+        raise ConfigError(document.problem(("base",), f"no such file: {base}"))
+    if any(base.samefile(file) for file in chain):
+        circle = " -> ".join(map(str, (*chain, base)))
+        raise ConfigError(document.problem(("base",), f"leads back to a file that it was read for: {circle}"))
+    return _merge(read_recipe(base, chain), document)
+
+
+def _merge(base: Document, document: Document) -> Document:
+    places = dict(base.places)
+
+    def merged(below: Any, value: Any, key: Key) -> Any:
+        if isinstance(below, dict) and isinstance(value, dict) and "kind" not in value:
+            return {**below, **{name: merged(below.get(name), item, (*key, name)) for name, item in value.items()}}
+        for place in [place for place in places if place[: len(key)] == key]:
+            del places[place]
+        return value
+
+    data = merged(base.data, document.data, ())
+    return Document(document.name, data, {**places, **document.places})
 
 
 def read_json(path: Path) -> Document:

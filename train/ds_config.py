@@ -93,6 +93,7 @@ def load_ds_config(
     summary, found = _judge(document.data, sections, run, device_type)
     owned = _owned_values(run, world_size)
     found += _contradictions(document.data, owned)
+    found += _fixed_batches(document.data, run, world_size)
     if found:
         raise ConfigError(document.problem(key, message) for key, message in found)
 
@@ -239,16 +240,30 @@ def _offloads(offload: Any) -> bool:
 
 def _owned_values(run: RunConfig, world_size: int) -> dict[str, tuple[float, str]]:
     """The keys of OWNED_BY_RECIPE, each with its value and the recipe's name for it."""
-    batch = run.batch
-    total = run.global_batch_size(world_size)
-    product = f"batch.micro_batch_size x grad_accum_steps x world_size = {batch.micro_batch_size} x {batch.grad_accum_steps} x {world_size}"
+    key = "stages.0.batch" if run.stages[0].batch else "batch"
+    batch = run.stage_batch(0)  # the engine is told of others when their stage begins
+    accumulation, total = batch.accumulation(world_size, key), batch.images_per_step(world_size)
+    product = f"{key}.micro_batch_size x grad_accum_steps x world_size = {batch.micro_batch_size} x {accumulation} x {world_size}"
     values = (
-        (batch.micro_batch_size, f"batch.micro_batch_size: {batch.micro_batch_size}"),
-        (batch.grad_accum_steps, f"batch.grad_accum_steps: {batch.grad_accum_steps}"),
+        (batch.micro_batch_size, f"{key}.micro_batch_size: {batch.micro_batch_size}"),
+        (accumulation, f"{key}.grad_accum_steps: {accumulation}"),
         (total, f"{product} = {total}"),
         (run.optimizer.clip_grad_norm, f"optimizer.clip_grad_norm: {run.optimizer.clip_grad_norm}"),
     )
     return dict(zip(OWNED_BY_RECIPE, values, strict=True))
+
+
+def _fixed_batches(data: dict[str, Any], run: RunConfig, world_size: int) -> Iterator[Problem]:
+    """Numbers in the JSON where stages have several."""
+    batches = [run.stage_batch(index) for index in range(len(run.stages))]
+    each = {
+        "train_micro_batch_size_per_gpu": [batch.micro_batch_size for batch in batches],
+        "gradient_accumulation_steps": [batch.accumulation(world_size) for batch in batches],
+        "train_batch_size": [batch.images_per_step(world_size) for batch in batches],
+    }
+    for key, values in each.items():
+        if data.get(key, "auto") != "auto" and len(set(values)) > 1:
+            yield (key,), f'{show(data[key])}, but the stages have {", ".join(map(str, values))}; write "auto"'
 
 
 def _contradictions(data: dict[str, Any], owned: dict[str, tuple[float, str]]) -> list[Problem]:

@@ -42,17 +42,42 @@ def require_compiler(device: torch.device) -> None:
         ) from error
 
 
+def parameters_without_decay(backbone: nn.Module) -> set[str]:
+    """Names of the parameters that weight decay leaves alone: LayerNorm's and BatchNorm's, every bias, ``pos_embed`` and ``mask_token``.
+
+    Decay is for matrices: an offset or a norm's gain pulled towards 0 regularises nothing. ``mask_token`` would even shrink where no token
+    is ever dropped, because ZeRO gives the optimizer zeros for a parameter without a gradient, where plain torch passes over it.
+    """
+    norms = nn.LayerNorm, nn.modules.batchnorm._BatchNorm
+    return {
+        f"{module_name}.{name}" if module_name else name
+        for module_name, module in backbone.named_modules()
+        for name, _ in module.named_parameters(recurse=False)
+        if isinstance(module, norms) or name in ("bias", "pos_embed", "mask_token")
+    }
+
+
+def parameter_groups(backbone: nn.Module, config: OptimizerConfig) -> list[dict]:
+    """Every parameter in exactly one group: with ``weight_decay``, and (unless ``decay_all``) without. Groups are never empty."""
+    spared = set() if config.decay_all else parameters_without_decay(backbone)
+    decayed = [parameter for name, parameter in backbone.named_parameters() if name not in spared]
+    others = [parameter for name, parameter in backbone.named_parameters() if name in spared]
+    groups = ({"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0})
+    return [group for group in groups if group["params"]]  # ZeRO cannot flatten an empty one
+
+
 def build_optimizer(backbone: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW over the backbone as the recipe says; ConfigError if that needs NVIDIA apex and it is not there."""
-    settings = {"lr": config.lr, "weight_decay": config.weight_decay, "betas": config.betas, "eps": config.eps}
+    """AdamW over :func:`parameter_groups` as the recipe says; ConfigError if that needs NVIDIA apex and it is not there."""
+    groups = parameter_groups(backbone, config)
+    settings = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     if config.impl == "torch":
-        return torch.optim.AdamW(backbone.parameters(), fused=True, **settings)
+        return torch.optim.AdamW(groups, fused=True, **settings)
     if config.impl == "deepspeed":  # compiled on first use
         from deepspeed.accelerator import get_accelerator
         from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
         kind = FusedAdam if get_accelerator().device_name() == "cuda" else DeepSpeedCPUAdam
-        return kind(backbone.parameters(), adamw_mode=True, **settings)
+        return kind(groups, adamw_mode=True, **settings)
     try:
         import amp_C  # noqa: F401 - the compiled half of NVIDIA's apex; the PyPI package named apex does not have it
         from apex.optimizers import FusedAdam
@@ -62,12 +87,21 @@ def build_optimizer(backbone: nn.Module, config: OptimizerConfig) -> torch.optim
             "container, or build its source with `APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation .`; "
             "or set optimizer.impl=torch"
         ) from error
-    return FusedAdam(backbone.parameters(), adam_w_mode=True, **settings)
+    return FusedAdam(groups, adam_w_mode=True, **settings)
 
 
 def set_learning_rate(engine, lr: float) -> None:
+    """Of every parameter group, from the next step on."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
+
+
+def set_batch(engine, micro_batch_size: int, grad_accum_steps: int) -> None:
+    """Set batch and accumulation of the coming steps, between two steps."""
+    engine.set_train_micro_batch_size(micro_batch_size)
+    engine.set_train_batch_size(micro_batch_size * grad_accum_steps * engine.dp_world_size)
+    engine.micro_steps = 0  # DeepSpeed takes a step where this count is a multiple of the accumulation, whatever it was before
+    engine.optimizer.gradient_accumulation_steps = grad_accum_steps  # what ZeRO's offload goes by
 
 
 def loss_scale(engine) -> float:

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Tag, ValidationError
 
 from train.document import Document, Key, did_you_mean, dotted, show
 
+_TAG = "kind"  # the key whose value picks one section of a union
 PROBLEMS = "problems"  # type of a PydanticCustomError whose context carries {"problems": [(key, message), ...]}
 
 _EXPECTED = {
@@ -32,7 +33,7 @@ def explain(error: ValidationError, model: type[BaseModel], document: Document, 
     """The lines of a ConfigError for ``error``, raised while ``model`` read the part of ``document`` at ``prefix``."""
     lines: list[str] = []
     for item in error.errors():
-        key = (*prefix, *item["loc"])
+        key = (*prefix, *_without_tags(model, item["loc"]))
         if item["type"] == PROBLEMS:
             lines += [document.problem((*prefix, *where), message) for where, message in item["ctx"]["problems"]]
         # Wrong items count as absent in pydantic's length check: a list that is long enough as written is not too short.
@@ -45,6 +46,9 @@ def _message(error: dict[str, Any], model: type[BaseModel], prefix: Key) -> str:
     """What was expected and found, for one item of ``ValidationError.errors()``."""
     kind, found, context = error["type"], error["input"], error.get("ctx", {})
     section, annotation, metadata = _field(model, error["loc"])
+    if kind == "union_tag_invalid":
+        choices = [tag.strip("'") for tag in context["expected_tags"].split(", ")]
+        return f"{_TAG} must be one of {', '.join(choices)}, got {show(context['tag'])}{did_you_mean(context['tag'], choices)}"
     if kind == "missing":
         return "required, but not given"
     if kind == "extra_forbidden":
@@ -71,10 +75,26 @@ def _field(section: type[BaseModel], key: Key) -> tuple[type[BaseModel], Any, Se
     for name in key:
         if isinstance(name, int):  # an item of a list: its type is inside the list's annotation
             continue
+        if tagged := _tagged(annotation, name):
+            section, annotation = tagged, tagged
+            continue
         section = _section(annotation) or section
         known = _names(section).get(name)
         annotation, metadata = (known.annotation, known.metadata) if known else (None, ())
     return section, annotation, metadata
+
+
+def _tagged(annotation: Any, name: str | int) -> type[BaseModel] | None:
+    """The section that ``name`` picks as the tag of a union of sections (see pydantic.Tag); pydantic counts it as part of a place."""
+    for part in _flatten(annotation):
+        if any(isinstance(m, Tag) and m.tag == name for m in getattr(part, "__metadata__", ())):
+            return _section(part)
+    return None
+
+
+def _without_tags(model: type[BaseModel], loc: tuple[str | int, ...]) -> Key:
+    """``loc`` as a file spells it."""
+    return tuple(name for place, name in enumerate(loc) if not _tagged(_field(model, loc[:place])[1], name))
 
 
 def _names(section: type[BaseModel]) -> dict[str, Any]:

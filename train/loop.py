@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from train.engine import set_learning_rate
 from train.run import Run
 
@@ -13,12 +15,13 @@ def train(run: Run) -> None:
     moves either.
     """
     phase = run.timer.phase
+    run.enter_stage()
+    run.timer.restart()
     while run.step < run.stages.total_steps:
-        run.enter_stage()
-        lr = run.learning_rate()
+        lr = run.stages.learning_rate(run.step)
         set_learning_rate(run.engine, lr)
-        losses = []
-        for _ in range(run.cfg.batch.grad_accum_steps):
+        measured = []  # of each micro-batch, on the device
+        for _ in range(run.stages.stage.grad_accum_steps):
             with phase("data"):
                 batch = next(run.batches)  # images [b, 3, 112, 112], labels [b] int64
             with phase("head"):
@@ -28,19 +31,24 @@ def train(run: Run) -> None:
             with phase("head"):
                 loss = run.head(embeddings, batch.labels)  # scalar, equal on every rank
             with phase("backward"):
-                run.engine.backward(loss)
+                run.engine.backward(run.guard.watch(loss, batch.records))
             with phase("optimizer"):
                 run.engine.step()  # acts on the last micro-batch only
-            losses.append(loss.detach())
-        applied = run.engine.was_step_applied()
+            measured.append(torch.stack([loss.detach(), run.head.target_cosine, run.head.target_cosine_square]))
+        applied, measured = run.engine.was_step_applied(), torch.stack(measured).mean(0)
         run.measure_head_gradient()
+        run.guard.after_step(run.step + 1, measured[0], applied, run.head.not_finite_ranks)
         with phase("optimizer"):
             if applied:
                 run.head.step(lr, run.cfg.optimizer.weight_decay)
+                if run.ema:
+                    run.ema.update()
             else:
                 run.head.discard()
         run.step += 1
-        run.record(losses, lr, applied)
+        run.record(measured, lr, applied)
+        if run.stage_is_over():
+            run.enter_stage()
         if run.checkpoint_due():
             with phase("checkpoint"):
                 run.save()

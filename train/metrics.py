@@ -42,13 +42,39 @@ class MetricSpec:
 TABLE = (
     MetricSpec("lvface_images_total", "counter", "images", "Images trained on, all ranks together, since this process started", "images"),
     MetricSpec("lvface_steps_total", "counter", "steps", "Optimizer steps taken or skipped since this process started", "steps"),
-    MetricSpec("lvface_skipped_steps_total", "counter", "steps", "Those skipped because a gradient was not finite", "skipped_steps"),
+    MetricSpec(
+        "lvface_skipped_steps_total", "counter", "steps", "Those skipped: a gradient was not finite, or the loss a spike", "skipped_steps"
+    ),
     MetricSpec("lvface_step", "gauge", "steps", "Optimizer steps since the start of the run, earlier processes included", "step"),
     MetricSpec("lvface_epoch", "gauge", "epochs", "Passes over the training images since the start of the run", "epoch"),
     MetricSpec("lvface_stage", "gauge", "index", "Index of the current stage; its name is the label", "stage", ("name",)),
     MetricSpec("lvface_sample_rate", "gauge", "ratio", "Share of the class centers scored per step", "sample_rate"),
     MetricSpec("lvface_loss", "gauge", "nats", "Training loss, mean over the last log window", "loss"),
-    MetricSpec("lvface_target_cosine", "gauge", "cosine", "Mean cosine of embedding and own class center", "target_cosine"),
+    MetricSpec(
+        "lvface_target_cosine",
+        "gauge",
+        "cosine",
+        "Mean cosine of embedding and own class center (under replace: own expectation)",
+        "target_cosine",
+    ),
+    MetricSpec("lvface_target_cosine_square", "gauge", "1", "Mean square of that cosine, which may end a stage", "target_cosine_square"),
+    MetricSpec("lvface_target_cosine_smoothed", "gauge", "1", "That square, smoothed as the stage's end asks", "target_cosine_smoothed"),
+    MetricSpec("lvface_expectation_cosine", "gauge", "cosine", "Mean cosine of embedding and own expectation", "expectation_cosine"),
+    MetricSpec("lvface_expectation_classes", "gauge", "classes", "Classes that have an expectation", "expectation_classes"),
+    MetricSpec(
+        "lvface_center_expectation_cosine",
+        "gauge",
+        "cosine",
+        "Mean cosine of class center and expectation, over those classes",
+        "center_expectation_cosine",
+    ),
+    MetricSpec(
+        "lvface_expectation_drift", "gauge", "1", "Mean of 1 - cosine over the expectations that the last step moved", "expectation_drift"
+    ),
+    MetricSpec("lvface_curricular_t", "gauge", "1", "t of CurricularFace", "curricular_t"),
+    MetricSpec("lvface_uniface_bias", "gauge", "1", "Threshold b of UniFace, in logits", "uniface_bias"),
+    MetricSpec("lvface_norm_mean", "gauge", "1", "Running mean of the embeddings' norms (AdaFace)", "norm_mean"),
+    MetricSpec("lvface_norm_std", "gauge", "1", "Running standard deviation of the embeddings' norms (AdaFace)", "norm_std"),
     MetricSpec("lvface_learning_rate", "gauge", "1", "Learning rate of the last step", "learning_rate"),
     MetricSpec("lvface_gradient_norm", "gauge", "1", "L2 norm of the backbone's gradient before clipping", "gradient_norm"),
     MetricSpec("lvface_head_gradient_norm", "gauge", "1", "L2 norm of the class centers' gradient over all shards", "head_gradient_norm"),
@@ -96,6 +122,7 @@ class StepRecord:
     sample_rate: float
     loss: float
     target_cosine: float
+    target_cosine_square: float
     learning_rate: float
     gradient_norm: float
     head_gradient_norm: float
@@ -106,6 +133,16 @@ class StepRecord:
     images_per_second: float
     step_seconds: Mapping[str, float]  # phase -> seconds, as PhaseTimer.window returns it
     eta_seconds: float
+    # NaN where a stage has no such thing
+    target_cosine_smoothed: float = math.nan
+    expectation_cosine: float = math.nan
+    expectation_classes: float = math.nan
+    center_expectation_cosine: float = math.nan
+    expectation_drift: float = math.nan
+    curricular_t: float = math.nan
+    uniface_bias: float = math.nan
+    norm_mean: float = math.nan
+    norm_std: float = math.nan
 
 
 class Metrics:
@@ -226,6 +263,10 @@ class PhaseTimer:
         self._spans: list[tuple[str, Any, Any]] = []
         self._unread: list[tuple[list[tuple[str, Any, Any]], int]] = []  # closed windows and their step counts, oldest first
         self._window_start = self._clock.mark()
+
+    def restart(self) -> None:
+        """Leave out what came before the first step."""
+        self._spans, self._window_start = [], self._clock.mark()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -28,18 +28,20 @@ def announce(run: Run, ds_config: dict, summary: DeepSpeedSummary) -> None:
     )
     ranks.say(
         f"{batches.num_images:,} images of {batches.num_classes:,} identities in {cfg.data.path}; global batch "
-        f"{cfg.global_batch_size(ranks.world_size):,}; {run.stages.total_steps:,} steps, {batches.steps_per_epoch:,} micro-batches an epoch"
+        f"{run.stages.stage.images_per_step:,}; {run.stages.total_steps:,} steps, {batches.steps_per_epoch:,} micro-batches an epoch"
     )
     if run.metrics.port:
         ranks.say("metrics at " + ", ".join(f"http://{cfg.metrics.host}:{port}/metrics" for port in ports))
 
 
-def stage_line(stage: Stage) -> str:
+def stage_line(stage: Stage, start: int, stop: int) -> str:
+    """``start``, ``stop``: optimizer steps of the run before it begins, and when it is over at the latest."""
     config = stage.config
     expectation = "updated" if config.update_expectation else "not updated"
+    until = f" or until cos^2 reaches {config.until.target_cosine_square:g}" if config.until else ""
     return (
-        f"stage {stage.name}: steps {stage.start + 1} to {stage.stop}, sample_rate {config.sample_rate:g}, centers {config.centers}, "
-        f"expectation {expectation}"
+        f"stage {stage.name}: steps {start + 1} to {stop}{until}, {stage.margin.text()}, sample_rate {config.sample_rate:g}, "
+        f"centers {config.centers}, expectation {expectation}, global batch {stage.images_per_step:,}"
     )
 
 
@@ -68,25 +70,38 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def write_summary(run: Run, report: PairReport | None) -> None:
-    """Print the outcome and write it to ``summary.json`` in the output folder: the mark of a complete run. Rank 0 only."""
+def write_summary(run: Run, pairs: PairReport | None, pairs_ema: PairReport | None) -> None:
+    """Print the outcome and write it to ``summary.json`` in the output folder: the mark of a complete run. Rank 0 only.
+
+    Args:
+        pairs: of the last weights; None if nothing was evaluated.
+        pairs_ema: of the mean weights; None also without model.ema_decay.
+    """
     cfg, losses = run.cfg, run.losses.summary()
     throughput = run.images_trained / run.seconds_trained if run.seconds_trained else None
     rows = [("throughput", f"{throughput:,.0f} images/s over {run.ranks.world_size} ranks")] if throughput else []
     rows += [("loss", f"{stage}: {start:.4f} at the start, {end:.4f} at the end") for stage, (start, end) in losses.items()]
-    if report:
-        accuracy = report.accuracy
-        text = f"{100 * accuracy.mean:.2f} % (std {100 * accuracy.std:.2f}) on the {report.num_pairs:,} pairs of {cfg.eval.pairs}"
-        rows.append(("accuracy", text))
+    for name, report in (("accuracy", pairs), ("accuracy of the mean weights", pairs_ema)):
+        if report:
+            accuracy = report.accuracy
+            text = f"{100 * accuracy.mean:.2f} % (std {100 * accuracy.std:.2f}) on the {report.num_pairs:,} pairs of {cfg.eval.pairs}"
+            rows.append((name, text))
     if run.metrics.port:
         rows.append(("metrics", f"were served at http://{cfg.metrics.host}:{run.metrics.port}/metrics"))
     rows += [("log", str(cfg.output / "metrics.jsonl")), ("checkpoint", str(run.last_checkpoint))]
-    print("\ndone", *(f"  {name:<12}{text}" for name, text in rows), sep="\n", flush=True)
+    width = max(len(name) for name, _ in rows)
+    print("\ndone", *(f"  {name:<{width}}  {text}" for name, text in rows), sep="\n", flush=True)
     outcome = {
         "steps": run.step,
         "images_per_second": throughput,
+        "training_seconds": run.seconds_trained,
         "stage_losses": {stage: {"start": start, "end": end} for stage, (start, end) in losses.items()},
-        "pairs": {"accuracy": report.accuracy.mean, "std": report.accuracy.std, "count": report.num_pairs} if report else None,
+        "pairs": _pairs_summary(pairs),
+        "pairs_ema": _pairs_summary(pairs_ema),
         "checkpoint": str(run.last_checkpoint),
     }
     (cfg.output / "summary.json").write_text(json.dumps(outcome, indent=1) + "\n")
+
+
+def _pairs_summary(report: PairReport | None) -> dict[str, float] | None:
+    return {"accuracy": report.accuracy.mean, "std": report.accuracy.std, "count": report.num_pairs} if report else None

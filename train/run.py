@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -12,17 +13,17 @@ import torch
 from torch import Tensor
 
 from data_pipeline.loader import FaceLoader
-from model.partial_fc import PartialFC
+from model.norm_margin import AdaFace, MagFace
+from model.partial_fc import Margin, PartialFC
 from train.checkpoint import Checkpoints, Saved
-from train.config import RunConfig
-from train.dist import RankError, Ranks
-from train.engine import loss_scale
+from train.config import AdaFaceMargin, MagFaceMargin, MarginSection, RunConfig
+from train.dist import Ranks
+from train.ema import BackboneEma
+from train.engine import loss_scale, set_batch
+from train.guard import Guard
 from train.metrics import Metrics, PhaseTimer, StepRecord
 from train.report import progress_line, stage_line
-from train.schedule import learning_rate
 from train.stages import Stage, StageLosses, StageManager
-
-_MAX_SKIPPED_IN_A_ROW = 50  # fp16 finds its loss scale within 20
 
 
 @dataclass
@@ -32,29 +33,36 @@ class _Window:
     start: float = field(default_factory=time.monotonic)
     steps: int = 0
     skipped: int = 0
-    losses: list[Tensor] = field(default_factory=list)
+    images: int = 0
+    measured: list[Tensor] = field(default_factory=list)  # of each applied step [3]: loss, target cosine, its square
     head_gradient_norm: Tensor | float = math.nan
 
-    def add(self, loss: Tensor, applied: bool) -> None:
+    def add(self, measured: Tensor | None, images: int) -> None:
+        """``measured``: None of a step that was skipped."""
         self.steps += 1
-        self.skipped += not applied
-        self.losses.append(loss)
+        self.images += images
+        if measured is None:
+            self.skipped += 1
+        else:
+            self.measured.append(measured)
 
-    def mean_loss(self) -> float:
-        return float(torch.stack(self.losses).mean())
+    def means(self) -> list[float]:
+        """Over the applied steps; NaN without any."""
+        return torch.stack(self.measured).mean(0).tolist() if self.measured else [math.nan] * 3
 
     def state(self) -> dict[str, Any]:
         return {
             "steps": self.steps,
             "skipped": self.skipped,
-            "losses": list(map(float, self.losses)),
+            "images": self.images,
+            "measured": [measured.tolist() for measured in self.measured],
             "seconds": time.monotonic() - self.start,
         }
 
     @classmethod
     def from_state(cls, state: dict[str, Any], device: torch.device) -> _Window:
-        losses = [torch.tensor(loss, device=device) for loss in state["losses"]]
-        return cls(time.monotonic() - state["seconds"], state["steps"], state["skipped"], losses)
+        measured = [torch.tensor(values, device=device) for values in state["measured"]]
+        return cls(time.monotonic() - state["seconds"], state["steps"], state["skipped"], state["images"], measured)
 
 
 @dataclass
@@ -64,10 +72,12 @@ class Run:
     cfg: RunConfig
     ranks: Ranks
     batches: FaceLoader
+    open_batches: Callable[[int], FaceLoader]  # for a stage, from its first image on
     engine: object  # deepspeed.DeepSpeedEngine
+    ema: BackboneEma | None  # the mean of the backbone's weights, with model.ema_decay
     head: PartialFC
+    guard: Guard
     stages: StageManager
-    warmup_steps: int
     checkpoints: Checkpoints
     metrics: Metrics
     timer: PhaseTimer
@@ -78,69 +88,59 @@ class Run:
     last_checkpoint: Path | None = None
     images_trained: int = 0  # over all ranks, without the current window
     seconds_trained: float = 0.0
-    skipped_in_a_row: int = 0
-
-    @property
-    def epoch(self) -> float:
-        """Passes over the training images so far."""
-        return self.step * self.cfg.batch.grad_accum_steps / self.batches.steps_per_epoch
-
-    def learning_rate(self) -> float:
-        """Of the step that is about to be taken."""
-        schedule = self.cfg.schedule
-        return learning_rate(
-            self.step,
-            base_lr=self.cfg.optimizer.lr,
-            warmup_steps=self.warmup_steps,
-            total_steps=self.stages.total_steps,
-            decay=schedule.decay,
-            power=schedule.power,
-            final_lr=schedule.final_lr,
-        )
 
     def enter_stage(self) -> None:
-        """Switch the head if the coming step begins a stage (or the process)."""
-        stage = self.stages.enter(self.step, self.head)
-        if stage is not None:
-            self.ranks.say(stage_line(stage))
+        """Set head, engine and loader to the stage of the coming step. Collectives: a gather, if the batch is another one."""
+        stage, config = self.stages.stage, self.stages.stage.config
+        margin, curricular = head_margin(stage.margin)
+        self.head.set_stage(config.sample_rate, config.centers, config.update_expectation, margin, curricular)
+        self.guard.enter_stage(stage.name)
+        set_batch(self.engine, stage.micro_batch_size, stage.grad_accum_steps)
+        if self.batches.batch_size != stage.micro_batch_size:
+            self.batches = self.ranks.together(lambda: self.open_batches(stage.index))
+        self.ranks.say(stage_line(stage, self.stages.start, self.stages.stop))
+
+    def stage_is_over(self) -> bool:
+        """Whether the coming step begins another stage. Collectives: a broadcast, now and then, where a stage may end before its time."""
+        return self.stages.finish_step(self.step, self.ranks.agree)
 
     def measure_head_gradient(self) -> None:
         """On steps that will be logged: the norm of the centers' gradient. Collectives: one all-reduce."""
         if self._log_due(self.step + 1):
             self.window.head_gradient_norm = self.head.gradient_norm()
 
-    def record(self, losses: list[Tensor], lr: float, applied: bool) -> None:
-        """Note the step just taken; on logging steps publish the window and print a line. ``losses``: one a micro-batch, on the device."""
-        stage = self.stages.at(self.step - 1)
-        loss = torch.stack(losses).mean()
-        self.losses.record(stage.name, loss)
-        self.window.add(loss, applied)
-        self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
+    def record(self, measured: Tensor, lr: float, applied: bool) -> None:
+        """Note the step just taken; on logging steps publish the window and print a line.
+
+        ``measured``: [3] loss, target cosine and its square, means over the step's micro-batches, on the device.
+        """
+        stage, loss = self.stages.stage, measured[0]
+        self.window.add(measured if applied else None, stage.images_per_step)
+        if applied:
+            self.losses.record(stage.name, loss)
+            self.stages.observe(measured[2])
         if self._log_due(self.step):
             self._publish(stage, lr, float(self.engine.get_global_grad_norm()) if applied else math.nan)
-        if self.skipped_in_a_row == _MAX_SKIPPED_IN_A_ROW:
-            raise RankError(
-                f"steps {self.step - _MAX_SKIPPED_IN_A_ROW + 1} to {self.step} were all skipped: a gradient was not finite (last loss "
-                f"{float(loss):g}). Start again with a lower optimizer.lr, a longer warm-up or a smaller margin"
-            )
 
     def _log_due(self, step: int) -> bool:
         return step % self.cfg.metrics.log_every == 0 or step == self.stages.total_steps
 
     def _publish(self, stage: Stage, lr: float, gradient_norm: float) -> None:
         window, now = self.window, time.monotonic()
-        images = window.steps * self.cfg.global_batch_size(self.ranks.world_size)
-        seconds = now - window.start
+        images, seconds = window.images, now - window.start
         self.images_trained += images
         self.seconds_trained += seconds
+        loss, target_cosine, target_cosine_square = window.means()
         record = StepRecord(
             step=self.step,
-            epoch=self.epoch,
+            epoch=self.stages.epoch(self.step),
             stage=stage.index,
             stage_name=stage.name,
             sample_rate=stage.config.sample_rate,
-            loss=window.mean_loss(),
-            target_cosine=float(self.head.target_cosine),
+            loss=loss,
+            target_cosine=target_cosine,
+            target_cosine_square=target_cosine_square,
+            target_cosine_smoothed=float(self.stages.measure.value()),
             learning_rate=lr,
             gradient_norm=gradient_norm,
             head_gradient_norm=float(window.head_gradient_norm),
@@ -150,35 +150,40 @@ class Run:
             skipped_steps=window.skipped,
             images_per_second=images / seconds,
             step_seconds=self.timer.window(window.steps),
-            eta_seconds=(self.stages.total_steps - self.step) * seconds / window.steps,
+            **self.head.statistics(),
+            eta_seconds=self.stages.images_left(self.step) * seconds / images,
         )
         self.metrics.record_step(record)
         self.ranks.say(progress_line(record, self.stages.total_steps))
         self.window = _Window()
+        self.guard.after_window(loss, record.epoch - self.stages.warmup_epochs)
 
     def checkpoint_due(self) -> bool:
         every = self.cfg.checkpoint.every_steps
-        return any(self.step == stage.stop for stage in self.stages.stages) or (every is not None and self.step % every == 0)
+        return self.step in (self.stages.start, self.stages.total_steps) or (every is not None and self.step % every == 0)
 
     def save(self) -> None:
         """Commit a checkpoint of this step. Collectives: see Checkpoints.save."""
         begin = time.monotonic()
         rank_state = {"head": self.head.state(), "loader": self.batches.state()}
         run_state = {
-            "stage": self.stages.at(self.step - 1).name,
-            "epoch": self.epoch,
+            "stage": self.stages.stage.name,
+            "stages": self.stages.state(),
+            "epoch": self.stages.epoch(self.step),
+            "guard": self.guard.state(),
             "losses": self.losses.state(),
             "window": self.window.state(),
             "trained": {"images": self.images_trained, "seconds": self.seconds_trained},
         }
-        self.last_checkpoint = self.checkpoints.save(self.step, self.engine, rank_state, run_state)
+        self.last_checkpoint = self.checkpoints.save(self.step, self.engine, self.ema, rank_state, run_state)
         self.ranks.say(f"checkpoint {self.last_checkpoint}")
         self.window.start += time.monotonic() - begin  # throughput is of training; saving is not counted
 
     def resume(self, saved: Saved) -> None:
         """Go on from a checkpoint. The loader was opened at its cursor already. Collectives: DeepSpeed's load."""
-        saved.restore(self.engine)
+        saved.restore(self.engine, self.ema)
         self.head.load_state(saved.rank_state["head"])
+        self.guard.load_state(saved.run_state["guard"])
         self.losses.load_state(saved.run_state["losses"])
         self.window = _Window.from_state(saved.run_state["window"], self.ranks.device)
         trained = saved.run_state["trained"]
@@ -189,3 +194,13 @@ class Run:
         self.metrics.close()
         if self.lock:
             self.lock.close()
+
+
+def head_margin(margin: MarginSection) -> tuple[Margin, bool]:
+    """A recipe's margin as the head's, and whether it is CurricularFace's."""
+    values = margin.model_dump(exclude={"kind"})
+    if isinstance(margin, AdaFaceMargin):
+        return AdaFace(**values), False
+    if isinstance(margin, MagFaceMargin):
+        return MagFace(**values), False
+    return (margin.m1, margin.m2, margin.m3), margin.curricular

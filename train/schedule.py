@@ -1,37 +1,49 @@
-"""The learning rate as a pure function of the step: nothing to save, nothing to restore."""
+"""The learning rate as a pure function of what has been trained: nothing to save, nothing to restore."""
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+
+from train.config import ScheduleConfig
 
 
-def learning_rate(
-    step: int,
-    *,
-    base_lr: float,
-    warmup_steps: int,
-    total_steps: int,
-    decay: Literal["linear", "polynomial"],
-    power: float,
-    final_lr: float,
-) -> float:
-    """Learning rate of optimizer step ``step``; 0 is the first.
+@dataclass(frozen=True)
+class Curve:
+    """Linear warm-up to ``lr``, then decay to ``final_lr``. Lengths are in images: stages of different batches can share a curve."""
 
-    Warm-up, step < warmup_steps: ``base_lr (step + 1) / warmup_steps``, so the first step uses base_lr / warmup_steps, not 0, and the last
-    one of the warm-up uses base_lr.
-    Then: ``final_lr + (base_lr - final_lr) (1 - progress)^p``, progress = (step - warmup_steps) / (total_steps - warmup_steps), p = 1 for
-    linear and ``power`` for polynomial. Step ``warmup_steps`` uses base_lr again; final_lr is reached at total_steps, the first step that
-    is not taken, and held from there on.
+    lr: float
+    warmup: int  # images; at most length
+    length: int  # images of the whole curve, warm-up included
+    power: float  # of the decay; 1 is linear
+    final_lr: float
+
+    def at(self, done: int, batch: int) -> float:
+        """Learning rate of the optimizer step on the images [done, done + batch) of the curve.
+
+        In the warm-up ``lr (done + batch) / warmup``: the first step uses a share of lr, not 0, and the last one uses lr. Then
+        ``final_lr + (lr - final_lr) (1 - progress)^power``, progress = (done - warmup) / (length - warmup): the first step after the
+        warm-up uses lr again; final_lr is reached at ``length``, where the first step is that is not taken, and held from there on.
+        """
+        if done < 0 or batch < 1:
+            raise ValueError(f"need done >= 0 and batch >= 1, got {done=}, {batch=}")
+        if done < self.warmup:
+            return self.lr * min(1.0, (done + batch) / self.warmup)
+        if done >= self.length:
+            return self.final_lr
+        progress = (done - self.warmup) / (self.length - self.warmup)
+        return self.final_lr + (self.lr - self.final_lr) * (1 - progress) ** self.power
+
+
+def build_curve(config: ScheduleConfig, lr: float, *, batch: int, steps_per_epoch: float, length: int) -> Curve:
+    """The curve of a recipe.
 
     Args:
-        total_steps: optimizer steps of the whole run, warm-up included; at least warmup_steps.
-    Raises: ValueError when step or warmup_steps is negative, or total_steps < warmup_steps.
+        lr: where the warm-up leads.
+        batch, steps_per_epoch: images per optimizer step, and optimizer steps per epoch, where the warm-up is.
+        length: images of the whole curve.
+    Raises: ValueError if the warm-up is longer than the curve.
     """
-    if step < 0 or not 0 <= warmup_steps <= total_steps:
-        raise ValueError(f"need step >= 0 and 0 <= warmup_steps <= total_steps, got {step=}, {warmup_steps=}, {total_steps=}")
-    if step < warmup_steps:
-        return base_lr * (step + 1) / warmup_steps
-    if step >= total_steps:
-        return final_lr
-    progress = (step - warmup_steps) / (total_steps - warmup_steps)
-    return final_lr + (base_lr - final_lr) * (1 - progress) ** (power if decay == "polynomial" else 1)
+    steps = config.warmup_steps if config.warmup_steps is not None else round(config.warmup_epochs * steps_per_epoch)
+    if steps * batch > length:
+        raise ValueError(f"a warm-up of {steps} steps of {batch} images is longer than the {length} images that it is part of")
+    return Curve(lr, steps * batch, length, config.power if config.decay == "polynomial" else 1.0, config.final_lr)

@@ -69,7 +69,7 @@ def measure(arguments: argparse.Namespace, data: Path, output: Path) -> int:
         return 1
     what = next(line for line in result.stdout.splitlines() if " M parameters), " in line)
     cfg = load_run_config(output / "recipe.yaml")
-    print(f"{what}; micro_batch_size {cfg.batch.micro_batch_size}, grad_accum_steps {cfg.batch.grad_accum_steps}")
+    print(f"{what}; micro_batch_size {cfg.batch.micro_batch_size}, grad_accum_steps {cfg.batch.accumulation(arguments.ranks)}")
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     for stage in cfg.stages:
         print_stage([line for line in lines if line["stage_name"] == stage.name])

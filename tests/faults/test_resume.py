@@ -49,9 +49,60 @@ def test_every_zero_stage_and_precision_resumes_bit_for_bit(ds_config, shards, f
     check_resume(ds_config, (1, 5), shards, finished, tmp_path)
 
 
-def check_resume(ds_config, kill, shards, finished, tmp_path):
+# A threshold ends the first stage a step early, at 2; the second takes 1 more and ends at 5; the third has another batch, margin and
+# learning rate. A checkpoint follows every step. Killed: one step before each switch, before and in its save, and one step after.
+SWITCHES = {
+    "stages": [
+        {
+            "name": "alignment",
+            "steps": 3,
+            "sample_rate": 0.5,
+            "update_expectation": True,
+            "until": {"target_cosine_square": 1e-6, "smoothing": 0.5, "check_every": 2},
+        },
+        {"name": "stabilization", "steps": 2, "centers": "vpl", "margin": {"m3": 0.2}},
+        {
+            "name": "refinement",
+            "steps": 3,
+            "centers": "pco",
+            "margin": {"kind": "adaface"},
+            "batch": {"micro_batch_size": 4, "grad_accum_steps": 3},
+            "schedule": {"lr": 5e-4, "warmup_steps": 1},
+        },
+    ],
+    "checkpoint": {"every_steps": 1, "keep_last": 9},
+}
+
+
+@pytest.fixture(scope="module")
+def switched(shards, tmp_path_factory):
+    """Output of an uninterrupted run through SWITCHES."""
+    folder = tmp_path_factory.mktemp("switched")
+    recipe = write_recipe(folder / "recipe.yaml", shards, folder / "run", **SWITCHES)
+    assert run_ranks(2, train_on_rank, recipe, "zero2_fp32.json") == [8, 8]
+    return folder / "run"
+
+
+def test_stages_switch_at_the_step_that_their_thresholds_and_lengths_say(switched):
+    lines = list(map(json.loads, (switched / "metrics.jsonl").read_text().splitlines()))
+    assert [line["stage_name"] for line in lines] == ["alignment"] * 2 + ["stabilization"] * 3 + ["refinement"] * 3
+    assert [line["images"] for line in lines] == [32] * 5 + [24] * 3
+    assert [line["learning_rate"] for line in lines[5:]] == pytest.approx([5e-4, 5e-4, 2.5e-4])
+    assert lines[1]["target_cosine_smoothed"] >= 1e-6
+    stages = [json.loads((switched / f"checkpoints/step_0000000{step}/manifest.json").read_text())["run"]["stage"] for step in (1, 2, 5, 8)]
+    assert stages == ["alignment", "stabilization", "refinement", "refinement"]
+
+
+@pytest.mark.parametrize(
+    "kill", [(0, 2), (0, "save", 2), (0, 3), (1, 5), (0, "save", 5), (1, 6)], ids=lambda kill: "-".join(map(str, kill))
+)
+def test_a_run_killed_around_a_switch_continues_bit_for_bit(kill, shards, switched, tmp_path):
+    check_resume("zero2_fp32.json", kill, shards, lambda _: switched, tmp_path, **SWITCHES)
+
+
+def check_resume(ds_config, kill, shards, finished, tmp_path, **changes):
     expected, output = finished(ds_config), tmp_path / "run"
-    recipe = write_recipe(tmp_path / "recipe.yaml", shards, output)
+    recipe = write_recipe(tmp_path / "recipe.yaml", shards, output, **changes)
     with pytest.raises(AssertionError, match=r"ranks ended without a traceback|failed"):
         run_ranks(2, train_on_rank, recipe, ds_config, (), kill)
     assert run_ranks(2, train_on_rank, recipe, ds_config) == [8, 8]
@@ -91,7 +142,7 @@ def resumed_from(group, recipe, ds_config, overrides):
 
     steps = []
     original = Checkpoints.read
-    Checkpoints.read = lambda self, folder: steps.append(folder.name) or original(self, folder)
+    Checkpoints.read = lambda self, folder, **options: steps.append(folder.name) or original(self, folder, **options)
     try:
         train_on_rank(group, recipe, ds_config, overrides)
     except RankError as error:
@@ -144,6 +195,56 @@ def test_a_checkpoint_of_another_run_is_refused_with_both_values(overrides, ds_c
         assert expected in answer
 
 
+def branch_at_the_switch(finished, tmp_path):
+    """A copy of a finished run in which nothing after the first stage was saved."""
+    output = copy_of(finished, tmp_path)
+    for step in (6, 8):
+        shutil.rmtree(output / f"checkpoints/step_0000000{step}")
+    return output
+
+
+def test_a_run_that_branches_off_equals_one_that_had_the_other_stage_from_the_start(shards, finished, tmp_path):
+    output = branch_at_the_switch(finished, tmp_path)
+    other = ["stages.1.centers=epl", "stages.1.margin={kind: adaface}", "stages.1.sample_rate=0.7"]
+    recipe = write_recipe(tmp_path / "recipe.yaml", shards, output)
+    assert run_ranks(2, resumed_from, recipe, "zero1_fp32.json", [*other, "resume=branch"]) == ["step_00000004"] * 2
+    whole = write_recipe(tmp_path / "whole.yaml", shards, tmp_path / "whole")
+    assert run_ranks(2, train_on_rank, whole, "zero1_fp32.json", other) == [8, 8]
+    assert losses(output) == losses(tmp_path / "whole") != losses(finished("zero1_fp32.json"))
+    for rank in range(2):
+        mine, theirs = final_state(output, rank), final_state(tmp_path / "whole", rank)
+        assert not [name for name, tensor in mine.items() if not torch.equal(tensor, theirs[name])]
+
+
+def test_a_branch_may_begin_a_stage_of_another_batch_which_reads_the_data_anew(shards, finished, tmp_path):
+    """The learning rate's curve counts images: 8 steps of 16 are as many as 4 of 32."""
+    other = ["stages.1.batch={micro_batch_size: 4, grad_accum_steps: 2}", "stages.1.steps=8"]
+    recipe = write_recipe(tmp_path / "recipe.yaml", shards, branch_at_the_switch(finished, tmp_path))
+    assert run_ranks(2, train_on_rank, recipe, "zero1_fp32.json", [*other, "resume=branch"]) == [12, 12]
+    whole = write_recipe(tmp_path / "whole.yaml", shards, tmp_path / "whole")
+    assert run_ranks(2, train_on_rank, whole, "zero1_fp32.json", other) == [12, 12]
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["stages.1.steps=8", "resume=branch"], "stages: their learning-rate curve has warm-up and length of [64, 384] images"),
+        (
+            ["stages=[{name: early, steps: 4, sample_rate: 0.5, update_expectation: true}]", "resume=branch"],
+            "the stages of this run end before",
+        ),
+        (["stages.1.centers=epl"], "recipe.stages.1.centers: this run has epl, the checkpoint pco"),
+        (["stages.0.sample_rate=0.4", "resume=branch"], "recipe.stages.0.sample_rate: this run has 0.4, the checkpoint 0.5"),
+        (["optimizer.lr=0.5", "resume=branch"], "recipe.optimizer.lr: this run has 0.5, the checkpoint 0.001"),
+    ],
+)
+def test_only_stages_that_have_not_begun_may_differ_and_only_in_a_branch(overrides, expected, shards, finished, tmp_path):
+    recipe = write_recipe(tmp_path / "recipe.yaml", shards, branch_at_the_switch(finished, tmp_path))
+    for answer in run_ranks(2, resumed_from, recipe, "zero1_fp32.json", overrides):
+        assert expected in answer
+
+
 def test_another_world_size_is_refused_with_both_values(shards, finished, tmp_path):
     recipe = write_recipe(tmp_path / "recipe.yaml", shards, finished("zero1_fp32.json"))
     (answer,) = run_ranks(1, resumed_from, recipe, "zero1_fp32.json", ())
@@ -173,9 +274,6 @@ def test_ranks_that_read_different_recipes_are_stopped_before_training(shards, t
 
 
 def train_with_centers_that_are_not_finite(group, recipe):
-    from train import run as run_module
-
-    run_module._MAX_SKIPPED_IN_A_ROW = 3
     initial = PartialFC.__init__
 
     def spoilt(self, *args, **kwargs):
@@ -184,7 +282,7 @@ def train_with_centers_that_are_not_finite(group, recipe):
 
     PartialFC.__init__ = spoilt
     with pytest.raises(RankError, match="steps 1 to 3 were all skipped"):
-        train_on_rank(group, recipe, "zero1_fp32.json")
+        train_on_rank(group, recipe, "zero1_fp32.json", ["guard.max_skipped=3"])
 
 
 def test_a_run_that_skips_every_step_stops_and_names_the_steps(shards, tmp_path):

@@ -8,7 +8,7 @@ import torch
 
 from model.kernels.exp_logits import exp_logits_torch, exp_logits_triton
 from model.partial_fc import CENTERS, PartialFC
-from tests.distributed.test_partial_fc import EXACT, EXACT_TWO_ANCHORS
+from tests.heads import EXACT, EXACT_TWO_ANCHORS
 from tests.reference import head_reference, relative_error
 
 pytestmark = [

@@ -64,16 +64,29 @@ def test_overrides_replace_values_lists_and_list_items_and_the_last_one_wins(rec
          "data.augment.flip=0", "eval.images=i", "eval.pairs=p"],
     )  # fmt: skip
     assert run.data.path == Path("OUT")
-    assert run.global_batch_size(world_size=2) == 128
+    assert run.batch.images_per_step(world_size=2) == 128
     assert run.stages[0].epochs == 1
     assert run.optimizer.betas == (0.8, 0.95)
     assert run.data.augment.flip == 0.0
     assert run.eval.pairs == Path("p")
 
 
+def test_an_override_of_the_kind_of_a_margin_forgets_the_keys_of_the_other_kind(recipe):
+    run = load_run_config(recipe, ["head.margin.kind=adaface", "head.margin.m=0.3"])
+    assert run.head.margin.text() == "adaface m 0.3 h 0.333"
+    assert load_run_config(recipe, ["head.margin.kind=unified"]).head.margin.m2 == 0.0
+
+
+def test_a_margin_is_what_it_says_and_nothing_more(recipe):
+    run = load_run_config(recipe, ["head.margin={m2: 0.5}", "stages.1.margin={kind: magface, u_m: 0.9}"])
+    assert run.head.margin.text() == "unified m1 1 m2 0.5 m3 0"
+    assert run.stage_margin(1).text() == "magface l_a 10 u_a 110 l_m 0.45 u_m 0.9 lambda_g 35"
+    assert run.stage_margin(0) is run.head.margin
+
+
 def test_the_global_batch_counts_accumulation_and_ranks(recipe):
     run = load_run_config(recipe, ["batch.micro_batch_size=8", "batch.grad_accum_steps=3"])
-    assert run.global_batch_size(world_size=5) == 120
+    assert run.batch.images_per_step(world_size=5) == 120
 
 
 @pytest.mark.parametrize(
@@ -142,6 +155,27 @@ def test_every_problem_of_a_file_is_reported_with_its_line(tmp_path):
             "stages.1.centers: pco needs expectations: set update_expectation: true in this stage or an earlier one (recipe.yaml, line 15)",
         ),
         (["model.name=vit_x"], "model.name: must be one of "),
+        (["stages.0.margin={kind: arc}"], 'stages.0.margin: kind must be one of unified, adaface, magface, got "arc" (command line)'),
+        (["head.margin={kind: magface, u_a: 5}"], "head.margin.u_a: must be above l_a = 10, got 5 (command line)"),
+        (["head.loss=uniface"], "stages.1.centers: pco joins two softmax terms; with head.loss: uniface use learned, replace or vpl"),
+        (
+            ["head.margin.curricular=true", "head.loss=uniface", "stages.1.centers=vpl"],
+            "head.margin.curricular: changes the negatives of a",
+        ),
+        (["stages.1.until={target_cosine_square: 0.2}"], "stages.1.until: the last stage has no next one to hand its rest to"),
+        (
+            ["stages.0.until={target_cosine_square: 0.2}", "stages.1.schedule={lr: 1}"],
+            "stages.0.until: hands images on to a stage on another",
+        ),
+        (["stages.0.schedule={lr: 0.1, final_lr: 1}"], "stages.0.schedule.final_lr: must not exceed stages.0.schedule.lr = 0.1, got 1"),
+        (
+            ["batch.grad_accum_steps=2", "batch.global_batch_size=64"],
+            "batch.grad_accum_steps: is 2 while global_batch_size is 64; give one",
+        ),
+        (
+            ["batch.global_batch_size=64", "stages.1.batch={micro_batch_size: 2}"],
+            "stages.1.batch.micro_batch_size: the run's batch fixes a global batch of 64, and this section, which is taken whole",
+        ),
     ],
 )
 def test_fields_that_contradict_each_other_are_refused(recipe, overrides, expected):
@@ -225,19 +259,28 @@ def test_the_resolved_recipe_reads_back_as_an_equal_object(recipe, tmp_path):
 
 
 SAME = ["output=elsewhere", "resume=never", "metrics.port=0", "checkpoint.every_steps=5", "data.path=moved", "data.num_threads=7",
-        "model.activation_checkpointing=true", "eval={images: i, pairs: p}"]  # fmt: skip
+        "model.activation_checkpointing=true", "eval={images: i, pairs: p}", "guard.spike_factor=3", "data.num_images=5"]  # fmt: skip
 OTHER = ["seed=1", "optimizer.lr=1e-3", "batch.micro_batch_size=3", "stages.0.epochs=1", "head.margin.m2=0.4", "data.augment.flip=0",
          "model.mask_ratio=0.1", "model.compile=true", "schedule.decay=polynomial", "data.min_images_per_identity=2"]  # fmt: skip
 
 
-def test_the_recipe_hash_ignores_where_and_how_a_run_is_watched(recipe):
-    assert len({load_run_config(recipe, [override]).recipe_hash() for override in SAME}) == 1
-    assert load_run_config(recipe, SAME).recipe_hash() == load_run_config(recipe).recipe_hash()
+def test_the_mathematics_ignore_where_and_how_a_run_is_watched(recipe):
+    plain = load_run_config(recipe).mathematics()
+    assert all(load_run_config(recipe, [override]).mathematics() == plain for override in SAME)
+    assert load_run_config(recipe, SAME).mathematics() == plain
 
 
-def test_the_recipe_hash_sees_every_change_of_the_mathematics(recipe):
-    hashes = {load_run_config(recipe, [override]).recipe_hash() for override in OTHER}
-    assert len(hashes | {load_run_config(recipe).recipe_hash()}) == len(OTHER) + 1
+def test_the_mathematics_see_every_change_of_what_is_computed(recipe):
+    seen = [load_run_config(recipe, overrides).mathematics() for overrides in ([], *([override] for override in OTHER))]
+    assert all(one != other for i, one in enumerate(seen) for other in seen[:i])
+
+
+def test_ranks_must_share_everything_but_the_places_of_things(recipe):
+    local = ["output=elsewhere", "metrics.port=0", "metrics.host=0.0.0.0", "data.path=moved", "data.num_threads=7"]
+    shared = ["metrics.log_every=3", "checkpoint.every_steps=5", "guard.max_skipped=9", "seed=1", "resume=never"]
+    plain = load_run_config(recipe).shared_values()
+    assert load_run_config(recipe, local).shared_values() == plain
+    assert all(load_run_config(recipe, [override]).shared_values() != plain for override in shared)
 
 
 def test_a_config_is_immutable(recipe):
@@ -256,3 +299,75 @@ def test_an_override_of_a_section_forgets_the_lines_of_the_section_it_replaces()
     document.override("a={b: 2, c: 3}")
     assert document.place(("a", "b")) == document.place(("a", "c")) == "command line"
     assert json.dumps(document.data) == '{"a": {"b": 2, "c": 3}}'
+
+
+@pytest.fixture
+def family(tmp_path) -> Path:
+    """The recipe as ``base/recipe.yaml``, and ``child.yaml`` on top of it."""
+    (tmp_path / "base").mkdir()
+    write(tmp_path / "base/recipe.yaml", RECIPE)
+    return write(tmp_path / "child.yaml", "base: base/recipe.yaml\noptimizer:\n  weight_decay: 0.05\ndata: {num_threads: 3}\n")
+
+
+def test_a_recipe_changes_single_keys_of_its_base_and_overrides_come_after(family):
+    base, run = load_run_config(family.parent / "base/recipe.yaml"), load_run_config(family, ["optimizer.eps=1e-6"])
+    changed = {"optimizer.weight_decay": 0.05, "data.num_threads": 3, "optimizer.eps": 1e-6}
+    assert run == load_run_config(family.parent / "base/recipe.yaml", [f"{key}={value}" for key, value in changed.items()])
+    assert run != base
+    assert "base" not in run.to_yaml()
+
+
+def test_every_key_keeps_the_file_and_line_where_it_was_written(family):
+    write(family.parent / "base/recipe.yaml", RECIPE.replace("m2: 0.5", "m2: 5").replace("epochs: 2", "epochs: -2"))
+    write(family, "base: base/recipe.yaml\noptimizer:\n  weight_decay: -1\nhead: {scale: 0}\n")
+    assert problems(family) == [
+        "head.margin.m2: must lie in [0, 3.14159), got 5 (base/recipe.yaml, line 6)",
+        "head.scale: must lie in (0, 128], got 0 (child.yaml, line 4)",
+        "optimizer.weight_decay: must be at least 0, got -1 (child.yaml, line 3)",
+        "stages.0.epochs: must be greater than 0, got -2 (base/recipe.yaml, line 11)",
+    ]
+
+
+def test_bases_form_a_chain_and_the_nearest_file_wins(family):
+    grandchild = write(family.parent / "base/grandchild.yaml", "base: ../child.yaml\ndata: {num_threads: 4}\n")
+    run = load_run_config(grandchild)
+    assert (run.data.num_threads, run.optimizer.weight_decay, run.optimizer.lr) == (4, 0.05, 1e-4)
+
+
+def test_a_list_replaces_the_base_s_as_a_whole(family):
+    write(family, "base: base/recipe.yaml\nstages:\n  - {name: only, epochs: 1}\noptimizer: {betas: [0.8, 0.9]}\n")
+    run = load_run_config(family)
+    assert [(stage.name, stage.sample_rate) for stage in run.stages] == [("only", 1.0)]
+    assert run.optimizer.betas == (0.8, 0.9)
+    assert problems(family, "stages.1.epochs=3") == ["stages.1.epochs: stages has items 0 to 0, not '1' (command line)"]
+    write(family, "base: base/recipe.yaml\nstages:\n  - {epochs: 1}\n")  # the base's line of stages.0.name is forgotten with it
+    assert problems(family) == ["stages.0.name: required, but not given (child.yaml, line 3)"]
+
+
+def test_a_section_that_says_its_kind_replaces_the_base_s_and_another_one_adds_to_it(family):
+    write(family, "base: base/recipe.yaml\nhead: {margin: {kind: adaface, h: 0.5}}\n")
+    assert load_run_config(family).head.margin.model_dump() == {"kind": "adaface", "m": 0.4, "h": 0.5}
+    write(family, "base: base/recipe.yaml\nhead: {margin: {m3: 0.1}}\n")
+    margin = load_run_config(family).head.margin
+    assert (margin.m2, margin.m3) == (0.5, 0.1)
+
+
+def test_a_circle_of_bases_is_one_error_that_names_the_way(family):
+    write(family.parent / "base/recipe.yaml", "# round\nbase: ../child.yaml\n")
+    way = "child.yaml -> base/recipe.yaml -> base/../child.yaml"
+    assert problems(family) == [f"base: leads back to a file that it was read for: {way} (base/recipe.yaml, line 2)"]
+    assert len(problems(write(family, "base: child.yaml\n"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("seed: 1\nbase: none.yaml\n", "base: no such file: none.yaml (child.yaml, line 2)"),
+        ("base: base\n", "base: no such file: base (child.yaml, line 1)"),
+        ("base: [base/recipe.yaml]\n", "base: must be the path of a recipe, relative to this file's folder, got "),
+        ("base:\n", "base: must be the path of a recipe, relative to this file's folder, got null (child.yaml, line 1)"),
+    ],
+)
+def test_a_base_that_is_no_file_is_named_where_it_was_written(family, text, expected):
+    (line,) = problems(write(family, text))
+    assert line.startswith(expected)

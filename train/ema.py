@@ -1,0 +1,114 @@
+"""An exponential mean of the backbone's weights over the steps of a run: less noise than the last weights, for evaluation and release.
+
+    d   = min(decay, (1 + n) / (10 + n))      n: updates before this one
+    ema = d ema + (1 - d) w                   after every step that was applied
+
+The bound on d is the usual warm-up (TensorFlow's ``ExponentialMovingAverage`` with ``num_updates``): without it a run of fewer than
+1 / (1 - decay) steps would end near its initial weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from train.config import ConfigError
+
+# Where DeepSpeed's optimizers keep this rank's float32 masters: ZeRO 1 and 2; ZeRO 1 with bfloat16 weights; ZeRO 3.
+_MASTERS = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat")
+_PIECE = 2**24  # elements exchanged at a time: 64 MiB
+
+
+class BackboneEma:
+    """The mean of this rank's part of the backbone: its ZeRO partition of the float32 master weights, and its BatchNorm statistics.
+
+    Memory: one more float32 per master weight and rank, on the device of the masters. No method communicates. The mean is float32 too:
+    a weight that stays within 2^-24 / (1 - decay) of its mean (relative; 6e-4 at 0.9999) no longer moves it.
+    """
+
+    def __init__(self, engine, decay: float) -> None:
+        """Start from the engine's present weights.
+
+        Args:
+            engine: a DeepSpeedEngine of ZeRO 1, 2 or 3, whatever its precision. With ``offload_optimizer`` masters and mean are on the CPU.
+            decay: weight of the past in [0, 1), once the warm-up is over.
+        Raises: ConfigError if the masters are not in memory as float32.
+        """
+        self._engine, self.decay, self.updates = engine, decay, 0
+        self._masters = [master.detach().clone() for master in _local_masters(engine.optimizer)]
+        self._buffers = {name: buffer.clone() for name, buffer in _float_buffers(engine.module).items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the mean towards the present weights; to be called after a step that was applied. Does not wait for the device."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for mean, value in self._pairs():
+            mean.lerp_(value, 1 - decay)
+        self.updates += 1
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Inside, masters and BatchNorm statistics are the mean, as train.engine.full_backbone_weights reads them; afterwards, also after
+        an exception, they are what they were, bit for bit. Not for forward or step: the low-precision weights stay as they are.
+        """
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def state(self) -> dict[str, Any]:
+        """Everything a checkpoint must hold of this rank's mean; tensors are not copied."""
+        return {"updates": self.updates, "masters": self._masters, "buffers": self._buffers}
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over :meth:`state` of the same engine; ValueError, with nothing changed, if its tensors are of other sizes."""
+        mine, theirs = _sizes(self.state()), _sizes(state)
+        if mine != theirs:
+            raise ValueError(
+                f"the state of a mean of weights has tensors of {theirs}, this engine's has {mine}: it is of another partition"
+            )
+        self.updates = state["updates"]
+        for mean, saved in zip(self._masters, state["masters"], strict=True):
+            mean.copy_(saved)
+        for name, saved in state["buffers"].items():
+            self._buffers[name].copy_(saved)
+
+    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(mean, present value) of every tensor. DeepSpeed is asked each time: it may put a master's data elsewhere."""
+        yield from zip(self._masters, _local_masters(self._engine.optimizer), strict=True)
+        buffers = _float_buffers(self._engine.module)
+        yield from ((mean, buffers[name]) for name, mean in self._buffers.items())
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for pair in self._pairs():
+            for mean, value in zip(*(tensor.view(-1).split(_PIECE) for tensor in pair), strict=True):
+                kept = value.clone()
+                value.copy_(mean)
+                mean.copy_(kept)
+
+
+def _local_masters(optimizer) -> list[Tensor]:
+    """This rank's flat float32 masters in DeepSpeed's order, padding included; changing them in place changes the weights."""
+    masters = next((getattr(optimizer, name) for name in _MASTERS if hasattr(optimizer, name)), [])
+    if not masters or any(master.dtype != torch.float32 or master.numel() == 0 for master in masters):  # NVMe leaves empty tensors behind
+        found = [f"{master.dtype} [{master.numel()}]" for master in masters]
+        raise ConfigError(
+            f"model.ema_decay: needs ZeRO's float32 master weights in memory, found {found or 'none'} in {type(optimizer).__name__}; "
+            "keep them in float32 on the device or the CPU (zero_optimization.offload_optimizer.device), or set model.ema_decay=null"
+        )
+    return masters
+
+
+def _float_buffers(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}
+
+
+def _sizes(state: dict[str, Any]) -> list[int]:
+    return [tensor.numel() for tensor in (*state["masters"], *state["buffers"].values())]

@@ -196,7 +196,7 @@ class Problem:
 
 
 def _joint_loss(logits: Tensor, expectation_logits: Tensor, columns: Tensor) -> Tensor:
-    """Mean of log(1 + A + B): METHOD of the stable stage, from full matrices."""
+    """Mean of log(1 + A + B), the loss of the stable stage, from full matrices."""
     terms = []
     for matrix in (logits, expectation_logits):
         target = matrix.gather(1, columns.unsqueeze(1))

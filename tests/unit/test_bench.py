@@ -1,12 +1,13 @@
 """The benchmarks run, at sizes too small to say anything about speed; one that finds its contenders unequal fails."""
 
 import csv
+import json
 import sys
 
 import pytest
 import torch
 
-from tests.bench import bench_attention, bench_head
+from tests.bench import ablation, bench_attention, bench_head, bench_losses
 
 
 @pytest.fixture(autouse=True)
@@ -42,3 +43,30 @@ def test_bench_head_fails_where_the_heads_differ(monkeypatch, tmp_path, capsys):
 def test_bench_attention_compares_before_it_times(monkeypatch, capsys):
     assert run(monkeypatch, bench_attention, "--device", "cpu", "--repeats", "1", "--batch", "2") == 0
     assert "equal" in capsys.readouterr().out
+
+
+def test_bench_losses_names_every_loss_and_its_ratio(monkeypatch, capsys):
+    assert run(monkeypatch, bench_losses, "--device", "cpu", "--repeats", "1", "--batch", "8", "--classes", "40", "--size", "8") == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line[:32].strip() for line in lines] == list(bench_losses.LOSSES)
+    assert lines[0].endswith("1.000 x learned")
+
+
+def test_the_ablation_tells_mean_and_spread_over_seeds():
+    outcomes = [ablation.Outcome("epl", seed, accuracy, 0.02, 600.0, "abc") for seed, accuracy in enumerate((0.86, 0.88, 0.9))]
+    rows = ablation.table([*outcomes, ablation.Outcome("plain", 0, 0.8, 0.02, 720.0, "abc")]).splitlines()[2:]
+    assert rows == [
+        "| no stages: all class centers, 16 epochs | 80.00 % | one seed | 80.00 to 80.00 | 12.0 min |",
+        "| early 12 epochs, then epl 4 | 88.00 % | 2.00 | 86.00 to 90.00 | 10.0 min |",
+    ]
+
+
+def test_an_ablation_branches_off_from_the_checkpoint_at_the_switch(tmp_path):
+    for step, index, start in ((200, 0, 0), (300, 1, 300), (400, 1, 300)):
+        folder = tmp_path / f"trunk/step_{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text(json.dumps({"step": step, "run": {"stages": {"index": index, "start": start}}}))
+    ablation.branch_off(tmp_path / "trunk", tmp_path / "branch/checkpoints")
+    assert [path.name for path in (tmp_path / "branch/checkpoints").iterdir()] == ["step_00000300"]
+    with pytest.raises(SystemExit, match="no checkpoint of the stage switch"):
+        ablation.branch_off(tmp_path / "branch", tmp_path / "other/checkpoints")

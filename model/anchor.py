@@ -18,7 +18,7 @@ _BLOCK_ROWS = 1024  # of a normalisation's backward: temporaries stay small and 
 
 @dataclass(frozen=True)
 class Anchor:
-    """Rows that are unit rows already and get no gradient: the expectations."""
+    """Directions that samples are scored against. These here are unit rows already and get no gradient: the expectations."""
 
     table: Tensor  # [c, D] float32: this rank's rows
     rows: Tensor | None  # [S] int64 sorted rows of the table that are scored; None: all

@@ -88,10 +88,12 @@ class PartialFC:
             group: process group that shares the classes; None: the default group, or one process that owns every class.
             seed: of the initial centers and of the sampling.
             curricular: hard negatives as in CurricularFace; see :func:`model.margin.curricular_negatives`. Takes a second chunk buffer.
+                (So do, under bfloat16 products, a filter, UniFace, and scales beyond 60 or so, whose logits are shifted.)
             loss: ``softmax`` over the scored classes, or ``uniface``: every class against one learned threshold
                 (:mod:`model.unified_threshold`), in the centers modes of one term.
             interclass_filter: leave out the negatives above this cosine, which may be a wrong label's true class; None: keep all. (The
-                field's filter sets their cosine to 0 instead, so that each still counts as a negative at right angles.)
+                field's filter sets their cosine to 0 instead, so that each still counts as a negative at right angles.) Under bfloat16
+                products a cosine within 0.4 % of the limit may fall on either side.
             product_dtype: of the operands of matrix products, float32 or bfloat16; sums and results are float32. None: bfloat16 on CUDA,
                 float32 on a CPU.
             chunk_rows: samples of the global micro-batch that share the buffer at a time: more memory, fewer passes over the centers and
@@ -172,7 +174,7 @@ class PartialFC:
         margin = self.margin if margin is None else margin if isinstance(margin, NormMargin) else check_margin(margin)
         curricular = self.curricular if curricular is None else bool(curricular)
         if curricular and (isinstance(margin, NormMargin) or self.loss == "uniface"):
-            raise ValueError("curricular goes with a margin (m1, m2, m3) and loss softmax alone")
+            raise ValueError("curricular needs a margin (m1, m2, m3) and loss softmax: set curricular to False, or change these")
         if self.loss == "uniface" and len(_TERMS[centers]) > 1:
             raise ValueError(f"loss uniface has one term; centers {centers!r} have two")
         self.sample_rate, self.centers, self.update_expectation = float(sample_rate), centers, bool(update_expectation)
@@ -241,8 +243,8 @@ class PartialFC:
         Raises:
             ValueError: a label outside [0, C), on every rank; shapes that do not fit, on this rank.
 
-        Collectives: those of :meth:`prepare` and of :mod:`model.sharded_softmax`; an all-gather of [b, D] float32; with gradients a
-            reduce-scatter of [B, D] and an all-reduce of a flag.
+        Collectives: those of :meth:`prepare` and of :mod:`model.sharded_softmax`; an all-gather of [b, D] float32, and of [b, 1] for a
+            margin that follows norms; with gradients a reduce-scatter of [B, D] and an all-reduce of a flag.
         """
         if embeddings.shape != (labels.numel(), self.weight.shape[1]) or not labels.numel():
             expected = f"[b, {self.weight.shape[1]}] and [b], b > 0"
@@ -286,10 +288,10 @@ class PartialFC:
             anchors[_E] = Anchor(self.expectation, rows, _columns(choice.targets, rows), self._products)
         if _W in named:
             arguments = (self.weight, choice.rows, _columns(choice.targets, choice.rows), self._products)
-            if self._last_embeddings is None:
-                anchors[_W] = LearnedAnchor(*arguments)
-            else:
+            if self.centers == "vpl":
                 anchors[_W] = InjectedAnchor(*arguments, self._last_embeddings.rows, self._last_embeddings.shares(self._steps))
+            else:
+                anchors[_W] = LearnedAnchor(*arguments)
         return anchors
 
     def _walker(self, anchors: dict[AnchorName, Anchor]) -> ShardedSoftmax:
@@ -312,8 +314,8 @@ class PartialFC:
     def not_finite_ranks(self) -> list[int]:
         """Ranks to blame, in order, if a value of the micro-batches since the last step was not finite; the host waits for the device.
 
-        Those whose own embeddings or class centers were not finite, or if there are none, those whose gradients were not.
-        Collectives: a gather of [1, 3] bool.
+        Those whose own embeddings or scored class centers were not finite, or if there are none (an expectation was not, or a sum
+        overflowed), those whose gradients were not. Collectives: a gather of [1, 3] uint8.
         """
         mine = self._pending.not_finite
         mine = torch.zeros(3, dtype=torch.bool, device=self.weight.device) if mine is None else mine
@@ -331,11 +333,12 @@ class PartialFC:
         self._optimizer.step(*self._pending.mean_gradient(self.weight), lr=lr, weight_decay=weight_decay)
         if self._pending.bias is not None:
             self._bias_optimizer.step(None, self._pending.mean_bias_gradient(), lr=lr, weight_decay=0.0)
+        self._expectation.drift.zero_()
         if self._pending.targets:
             targets, samples = torch.cat(self._pending.targets), torch.cat(self._pending.samples)
             if self.update_expectation:
                 self._expectation.update(targets, samples)
-            if self._last_embeddings is not None:
+            if self.centers == "vpl":
                 self._last_embeddings.update(targets, samples, self._steps)
         if self._pending.moving is not None:
             self._moving = self._pending.moving
@@ -363,8 +366,9 @@ class PartialFC:
         """How the class centers and expectations of all ranks do, for a log; the host waits for the device. NaN: no meaning.
 
         ``expectation_classes``: classes that have an expectation; ``center_expectation_cosine``: mean over them of cos(w_j, e_j);
-        ``expectation_drift``: mean of 1 - cos over the expectations that the last step moved; ``expectation_cosine``: mean cosine of the
-        last micro-batch to its own expectations; ``curricular_t``, ``uniface_bias``, ``norm_mean`` and ``norm_std``: state of these losses.
+        ``expectation_drift``: mean of 1 - cos over the expectations that the last applied step moved; ``expectation_cosine``: mean
+        cosine of the last micro-batch to its own expectations; ``curricular_t``, ``uniface_bias``, ``norm_mean`` and ``norm_std``: state
+        of these losses.
 
         Collectives: one all-reduce of [4] float64.
         """
@@ -399,18 +403,22 @@ class PartialFC:
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take over :meth:`state` of the same rows; ValueError, with nothing changed, if something is missing or of another size."""
-        if missing := self.state().keys() - state.keys() - {"last_embedding", "last_embedding_step"}:
-            raise ValueError(f"the state of a head lacks {', '.join(sorted(missing))}: it is of another version or optimizer")
+        expected = {name: tensor.shape for name, tensor in self.state().items()}
+        if "last_embedding" in state or "last_embedding_step" in state or self.centers == "vpl":
+            expected |= {"last_embedding": self.weight.shape, "last_embedding_step": self.weight.shape[:1]}
+        if missing := expected.keys() - state.keys():
+            raise ValueError(f"the state of a head lacks {', '.join(sorted(missing))}: it is of another version, stage or optimizer")
+        if other := [name for name, shape in expected.items() if state[name].shape != shape]:
+            pairs = ", ".join(f"{name} {tuple(state[name].shape)}, here {tuple(expected[name])}" for name in other)
+            raise ValueError(f"the state of a head is of other sizes: {pairs}")
         self.weight = state["weight"]
         self.expectation.copy_(state["expectation"])
         self.expectation_seen.copy_(state["expectation_seen"])
         self._last_embeddings = None
-        if "last_embedding" in state:
+        if "last_embedding" in state:  # also where a stage has just ended: the next one may want it
             self._last_embeddings = LastEmbeddings(*self._weight.shape, self._weight.device)
             self._last_embeddings.rows.copy_(state["last_embedding"])
             self._last_embeddings.written.copy_(state["last_embedding_step"])
-        elif self.centers == "vpl":
-            self._last_embeddings = LastEmbeddings(*self._weight.shape, self._weight.device)
         self._optimizer.load_state(state)
         self._bias.copy_(state["bias"])
         self._bias_optimizer.load_state({name: state[f"bias_{name}"] for name in self._bias_optimizer.state()})
@@ -433,8 +441,7 @@ class _Loss(torch.autograd.Function):
         cosines = walker.target_cosines(samples)
         own = cosines[_E if head.centers == "replace" else _W]
         head.target_cosine, head.target_cosine_square = own.mean().float(), own.mean_square().float()
-        if _E in cosines:
-            head.expectation_cosine = cosines[_E].mean().float()
+        head.expectation_cosine = cosines[_E].mean().float() if _E in cosines else torch.full_like(head.target_cosine, math.nan)
         moving, margin = head._move(own.mean(), None if gathering_norms is None else gathering_norms().squeeze(1).double())
         walked = walker.walk(Batch(samples, cosines, margin, moving.t if head.curricular else None), with_gradients)
         if with_gradients:

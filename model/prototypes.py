@@ -47,7 +47,11 @@ class Expectation:
 
 
 class LastEmbeddings:
-    """M_j, the last embedding of each class of one shard, while it is fresh (VPL, CVPR 2021)."""
+    """M_j, the last embedding of each class of one shard, while it is fresh (VPL, CVPR 2021).
+
+    The published run lets its memory fill for 8,000 steps before it is used, and keeps one sample a class; here it fills from the first
+    step of the stage on, and a class not met yet is scored by its center alone.
+    """
 
     FRESH_STEPS = 200
     SHARE = 0.15  # lambda: how far M_j draws its class center

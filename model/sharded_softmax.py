@@ -162,8 +162,8 @@ class ShardedSoftmax:
     def walk(self, batch: Batch, gradients: bool) -> Walked:
         """Loss and gradients, chunk by chunk; without ``gradients`` only the logits are multiplied out.
 
-        Collectives: per chunk one all-reduce of [anchors, rows] float32, while the next product runs; where logits must be shifted one
-            more of [rows] float32 per anchor.
+        Collectives: per chunk one all-reduce of [anchors, sums_per_anchor, rows] float32, while the next product runs; where logits must be
+            shifted one more of [rows] float32 per anchor.
         """
         samples, targets = batch.samples, self._targets(batch)
         learned = self._anchors["learned"] if "learned" in self._negatives else None

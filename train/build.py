@@ -153,12 +153,10 @@ def _plan_stages(cfg: RunConfig, batches: FaceLoader, ranks: Ranks, saved: Saved
 
 
 def _open_data_at(cfg: RunConfig, ranks: Ranks, saved: Saved) -> FaceLoader:
-    """The data from a checkpoint on. A branch may begin a stage of another batch there, which reads them anew, as at any such switch."""
-    state, stages = saved.rank_state["loader"], saved.run_state["stages"]
-    stage, begins = stages["index"], saved.step == stages["start"] > 0
-    sizes = [cfg.stage_batch(index).micro_batch_size for index in (stage - 1, stage)]
-    anew = begins and sizes[0] != sizes[1] != state["fingerprint"]["batch_size"]
-    return _open_data(cfg, ranks, stage, None if anew else state)
+    """The data from a checkpoint on, as the stage of its last step read them."""
+    stages = saved.run_state["stages"]
+    stage = stages["index"] - (saved.step == stages["start"] > 0)
+    return _open_data(cfg, ranks, stage, saved.rank_state["loader"])
 
 
 def _open_data(cfg: RunConfig, ranks: Ranks, stage: int, state: dict | None = None) -> FaceLoader:

@@ -47,8 +47,9 @@ def train(run: Run) -> None:
                 run.head.discard()
         run.step += 1
         run.record(measured, lr, applied)
-        if run.stage_is_over():
-            run.enter_stage()
+        over = run.stage_is_over()
         if run.checkpoint_due():
             with phase("checkpoint"):
-                run.save()
+                run.save()  # with head and data as the stage left them: what comes next may be changed (resume=branch)
+        if over:
+            run.enter_stage()

@@ -90,7 +90,7 @@ class Run:
     seconds_trained: float = 0.0
 
     def enter_stage(self) -> None:
-        """Set head, engine and loader to the stage of the coming step. Collectives: a gather, if the batch is another one."""
+        """Set head, engine and loader to the stage of the coming step, after a resume too. Collectives: a gather, for another batch."""
         stage, config = self.stages.stage, self.stages.stage.config
         margin, curricular = head_margin(stage.margin)
         self.head.set_stage(config.sample_rate, config.centers, config.update_expectation, margin, curricular)

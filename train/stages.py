@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -214,25 +213,24 @@ class SmoothedMean:
     def __init__(self, until: UntilConfig | None) -> None:
         """``until``: of the stage; without one nothing is ever added."""
         self._smoothing = until.smoothing if until else 0.0
-        self._mean: Tensor | None = None  # float64, not yet divided by its weight
-        self._weight = 0.0
+        self._sums = torch.zeros(2, dtype=torch.float64)  # of the values and of their weights; where the values are
 
     def add(self, value: Tensor) -> None:
+        """One that is not finite (no class of a batch had an expectation yet) changes nothing."""
         share = 1.0 - self._smoothing
-        value = value.double() * share
-        self._mean = value if self._mean is None else self._mean * self._smoothing + value
-        self._weight = self._weight * self._smoothing + share
+        moved = torch.stack([value.double() * share, torch.full_like(value, share, dtype=torch.float64)])
+        moved += self._smoothing * self._sums.to(value.device)
+        self._sums = torch.where(value.isfinite(), moved, self._sums.to(value.device))
 
     def value(self) -> Tensor:
         """Scalar float64; NaN before the first value."""
-        return torch.tensor(math.nan, dtype=torch.float64) if self._mean is None else self._mean / self._weight
+        return self._sums[0] / self._sums[1]
 
-    def state(self) -> dict[str, Any]:
-        return {"mean": None if self._mean is None else float(self._mean), "weight": self._weight}
+    def state(self) -> list[float]:
+        return self._sums.tolist()
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        self._mean = None if state["mean"] is None else torch.tensor(state["mean"], dtype=torch.float64)
-        self._weight = state["weight"]
+    def load_state(self, state: list[float]) -> None:
+        self._sums = torch.tensor(state, dtype=torch.float64)
 
 
 @dataclass

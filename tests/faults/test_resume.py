@@ -216,6 +216,19 @@ def test_a_run_that_branches_off_equals_one_that_had_the_other_stage_from_the_st
         assert not [name for name, tensor in mine.items() if not torch.equal(tensor, theirs[name])]
 
 
+def test_a_branch_keeps_what_the_stage_before_it_left(shards, switched, tmp_path):
+    """VPL's memory and the loader of the second stage, which the third of the first run did not want."""
+    shutil.copytree(switched, tmp_path / "run")
+    for step in (6, 7, 8):
+        shutil.rmtree(tmp_path / f"run/checkpoints/step_0000000{step}")
+    other = ["stages.2.centers=vpl", "stages.2.batch=null", "stages.2.margin=null"]
+    recipe = write_recipe(tmp_path / "recipe.yaml", shards, tmp_path / "run", **SWITCHES)
+    assert run_ranks(2, resumed_from, recipe, "zero2_fp32.json", [*other, "resume=branch"]) == ["step_00000005"] * 2
+    whole = write_recipe(tmp_path / "whole.yaml", shards, tmp_path / "whole", **SWITCHES)
+    assert run_ranks(2, train_on_rank, whole, "zero2_fp32.json", other) == [8, 8]
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole") != losses(switched)
+
+
 def test_a_branch_may_begin_a_stage_of_another_batch_which_reads_the_data_anew(shards, finished, tmp_path):
     """The learning rate's curve counts images: 8 steps of 16 are as many as 4 of 32."""
     other = ["stages.1.batch={micro_batch_size: 4, grad_accum_steps: 2}", "stages.1.steps=8"]

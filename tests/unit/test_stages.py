@@ -213,6 +213,13 @@ def test_a_smoothed_mean_weights_the_past_and_starts_with_its_first_value():
     assert float(mean.value()) == pytest.approx((0.75 * 4 + 8) / 1.75)
 
 
+def test_a_value_that_is_not_finite_leaves_a_smoothed_mean_alone():
+    mean = SmoothedMean(recipe(*[THREE[0] | {"until": until(0.2, smoothing=0.75)}, THREE[2]]).stages[0].until)
+    for value in (math.nan, 4.0, math.inf):
+        mean.add(torch.tensor(value))
+    assert float(mean.value()) == 4.0
+
+
 def test_stage_losses_are_means_of_the_first_and_last_steps_and_survive_a_checkpoint():
     losses = StageLosses(window=2)
     for value in (5.0, 3.0, 2.0, 1.0):

@@ -136,13 +136,16 @@ def write_results(arguments: argparse.Namespace, outcomes: list[Outcome]) -> Non
 
 
 def windows(arguments: argparse.Namespace, variant: str, seed: int) -> list[dict]:
-    """The log windows of a run, with the trunk's before a branch; of a step that was taken twice the last."""
-    lines: dict[int, dict] = {}
-    own = [arguments.output / f"{variant}_{seed}" / "metrics.jsonl"]
-    if variant not in ("plain", TRUNK):
-        own.insert(0, arguments.output / f"{TRUNK}_{seed}" / "metrics.jsonl")
-    for path in own:
-        lines |= {line["step"]: line for line in map(json.loads, path.read_text().splitlines())}
+    """The log windows of a run, of a branch with the last one of its trunk before; of a step that was taken twice the last."""
+    own = _windows(arguments.output / f"{variant}_{seed}" / "metrics.jsonl")
+    if variant in ("plain", TRUNK):
+        return own
+    trunk = _windows(arguments.output / f"{TRUNK}_{seed}" / "metrics.jsonl")
+    return [*[line for line in trunk if line["step"] < own[0]["step"]][-1:], *own]
+
+
+def _windows(path: Path) -> list[dict]:
+    lines = {line["step"]: line for line in map(json.loads, path.read_text().splitlines())}
     return [lines[step] for step in sorted(lines)]
 
 
@@ -172,10 +175,11 @@ def draw(arguments: argparse.Namespace, outcomes: list[Outcome]) -> None:
         axis.axvline(12, color="black", lw=0.8, ls=":")
         axis.set(title=text, xlabel="epoch (stable stage from 12 on)")
         axis.grid(alpha=0.3)
-        if field == "expectation_drift":
+        if field == "expectation_drift" and len({outcome.variant for outcome in outcomes} - {"plain"}):  # plain has no expectations
             axis.set_yscale("log")
-    axes[0].legend(loc="lower left")
-    figure.suptitle(f"lfw_tiny, seeds {', '.join(map(str, sorted({outcome.seed for outcome in outcomes})))}: LFW, 1,180 identities")
+    axes[1].legend(loc="lower right")
+    seeds = ", ".join(map(str, sorted({outcome.seed for outcome in outcomes})))
+    figure.suptitle(f"lfw_tiny and its variants, seeds {seeds}; a line a seed, the stable stages branch off from pco's early one")
     figure.savefig(arguments.results / "centers.png", dpi=110)
     plt.close(figure)
 

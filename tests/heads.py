@@ -1,4 +1,4 @@
-"""Heads on ranks for tests: one global batch, every combination of settings, and the comparison with the float64 reference."""
+"""Heads for tests: settings, one global batch, the comparison with the float64 reference, and what a head's operations are watched for."""
 
 import itertools
 import math
@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.class_shard import ClassShard, initial_centers
 from model.norm_margin import AdaFace, MagFace
@@ -17,6 +18,31 @@ D, BATCH, SEED = 24, 12, 7
 EXACT, EXACT_TWO_ANCHORS = 5e-6, 2e-5
 MARGINS = {"sphereface": (1.35, 0.0, 0.0), "arcface": (1.0, 0.5, 0.0), "cosface": (1.0, 0.0, 0.4), "combined": (1.2, 0.3, 0.1)}
 RULES = ("exact", "straight_through")
+ONE_TERM = ("learned", "replace", "vpl")  # centers modes
+# Norms of the test's embeddings are 8 to 16: some lie beyond either end. h is large because AdaFace's deviation starts at 100.
+NORM_MARGINS = (AdaFace(0.4, 8.0), AdaFace(0.9, 30.0), MagFace(10.0, 14.0, 0.3, 1.2, 35.0))
+# Arguments of PartialFC that change what a step does.
+VARIANTS = {
+    "plain": {},
+    "curricular": {"curricular": True},
+    "uniface": {"loss": "uniface"},
+    "filter": {"interclass_filter": 0.1},
+    "adaface": {"margin": NORM_MARGINS[0]},
+    "magface": {"margin": NORM_MARGINS[2]},
+}
+HEADS = [(variant, centers) for variant in VARIANTS for centers in CENTERS if variant != "uniface" or centers in ONE_TERM]
+
+
+def allowed(centers, product_dtype=torch.float32):
+    """Relative error of the loss and of a gradient.
+
+    bfloat16: at scale 64 and D = 512 rounding moves a logit by 7e-3 (rms), and so each negative's part of a gradient by 0.7 % of it. Where
+    the targets make up most of a gradient that is less than 5e-3 of the whole. Under pco_shared they need not: where e takes over the
+    targets, the class centers are left with the gradient of the negatives.
+    """
+    if product_dtype == torch.bfloat16:
+        return 8e-3 if centers == "pco_shared" else 5e-3
+    return EXACT if centers in ONE_TERM else EXACT_TWO_ANCHORS
 
 
 def global_batch(num_classes, step=0, batch=BATCH):
@@ -85,7 +111,8 @@ def call_heads(group, num_classes, every, batch):
             (loss * 8.0).backward()
             rows, grad = head.pending_gradient()
             bias_grad = float(head._pending.mean_bias_gradient()) if head.loss == "uniface" else None
-            agreed = (float(loss.detach()), float(head.target_cosine.nan_to_num()), float(head.gradient_norm()), bias_grad)
+            cosines = (float(head.target_cosine.nan_to_num()), float(head.target_cosine_square.nan_to_num()))
+            agreed = (float(loss.detach()), cosines, float(head.gradient_norm()), bias_grad)
             scored = torch.arange(len(head.shard)) if scored is None else scored
             centers_grad = torch.zeros_like(head.weight).index_copy_(0, rows, grad)
             calls.append((agreed, scored + head.class_start, embeddings.grad, centers_grad))
@@ -109,8 +136,8 @@ def check(num_classes, every, batch, ranks):
         t, (memory, written, step) = 0.0, memories(num_classes)
         for call in range(2 if arguments.get("curricular") else 1):
             agreed, scored, embeddings_grad, centers_grad = zip(*next(calls), strict=True)
-            assert len(set(agreed)) == 1, "loss, target cosine and gradient norm must be equal on every rank"
-            loss, target_cosine, norm, bias_grad = agreed[0]
+            assert len(set(agreed)) == 1, "loss, target cosines and gradient norms must be equal on every rank"
+            loss, target_cosines, norm, bias_grad = agreed[0]
             scored = torch.cat(scored)
             if arguments["sample_rate"] < 1:
                 assert len(scored) == max(int(arguments["sample_rate"] * num_classes), len(batch[1].unique()))
@@ -124,7 +151,7 @@ def check(num_classes, every, batch, ranks):
                 bias=math.log(10 * max(1.0, arguments["sample_rate"] * num_classes)) if arguments.get("loss") == "uniface" else None,
                 interclass_filter=arguments.get("interclass_filter"),
             )
-            exact = EXACT if arguments["centers"] in ("learned", "vpl", "replace") else EXACT_TWO_ANCHORS
+            exact = allowed(arguments["centers"])
             where = f"{arguments}, call {call}"
             assert relative_error(loss, expected.loss) < exact, where
             assert relative_error(torch.cat(embeddings_grad), expected.embeddings_grad * len(ranks) * 8.0) < exact, where
@@ -133,7 +160,38 @@ def check(num_classes, every, batch, ranks):
             if bias_grad is not None:
                 assert bias_grad == pytest.approx(expected.bias_grad, rel=exact), where
             if not math.isnan(expected.target_cosine):
-                assert target_cosine == pytest.approx(expected.target_cosine, abs=1e-6), where
+                assert target_cosines == pytest.approx((expected.target_cosine, expected.target_cosine_square), abs=1e-6), where
                 t = 0.99 * t + 0.01 * expected.target_cosine
             memory, written = last_embedding_reference(memory, written, *batch, step)
             step += 1
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of the largest tensor that an operation gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
+        return made
+
+
+class HostReads(TorchDispatchMode):
+    """Operations whose result or shape depends on values, so that on a GPU the host would wait for them."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        indices = args[1] if name in {"index", "index_put", "index_put_"} else []
+        masks = [index for index in indices if index is not None and index.dtype == torch.bool]
+        if masks or name in {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero"}:
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))

@@ -17,6 +17,7 @@ class HeadReference:
     embeddings_grad: torch.Tensor  # [B, D] of the mean loss
     centers_grad: torch.Tensor  # [C, D]
     target_cosine: float
+    target_cosine_square: float  # mean of the squares
     bias_grad: float | None  # of UniFace
 
 
@@ -110,7 +111,8 @@ def head_reference(
     loss = torch.stack(losses).mean()
     loss.backward()
     centers_grad = torch.zeros_like(w) if w.grad is None else w.grad
-    return HeadReference(loss.item(), f.grad, centers_grad, float(own_cosines.mean()), None if bias is None else float(b_learned.grad))
+    cosines = (float(own_cosines.mean()), float((own_cosines**2).mean()))
+    return HeadReference(loss.item(), f.grad, centers_grad, *cosines, None if bias is None else float(b_learned.grad))
 
 
 def margin_reference(cosine, margin, margin_gradient):
@@ -136,7 +138,9 @@ def adaface_reference(m, h, mean=20.0, std=100.0):
         clipped = [min(max(float(n), 0.001), 100.0) for n in norms]
         average = sum(clipped) / len(clipped)
         deviation = math.sqrt(sum((n - average) ** 2 for n in clipped) / (len(clipped) - 1))
-        quality = (min(max(float(norm), 0.001), 100.0) - (0.99 * mean + 0.01 * average)) / (0.99 * std + 0.01 * deviation + 1e-3) * h
+        quality = (
+            (min(max(float(norm.detach()), 0.001), 100.0) - (0.99 * mean + 0.01 * average)) / (0.99 * std + 0.01 * deviation + 1e-3) * h
+        )
         quality = min(max(quality, -1.0), 1.0)
         return (1.0, -m * quality, m * quality + m), 0.0
 

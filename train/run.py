@@ -32,6 +32,7 @@ class _Window:
 
     start: float = field(default_factory=time.monotonic)
     steps: int = 0
+    timed_steps: int = 0  # those that this process took
     skipped: int = 0
     images: int = 0
     measured: list[Tensor] = field(default_factory=list)  # of each applied step [3]: loss, target cosine, its square
@@ -40,6 +41,7 @@ class _Window:
     def add(self, measured: Tensor | None, images: int) -> None:
         """``measured``: None of a step that was skipped."""
         self.steps += 1
+        self.timed_steps += 1
         self.images += images
         if measured is None:
             self.skipped += 1
@@ -62,7 +64,8 @@ class _Window:
     @classmethod
     def from_state(cls, state: dict[str, Any], device: torch.device) -> _Window:
         measured = [torch.tensor(values, device=device) for values in state["measured"]]
-        return cls(time.monotonic() - state["seconds"], state["steps"], state["skipped"], state["images"], measured)
+        start = time.monotonic() - state["seconds"]
+        return cls(start, state["steps"], skipped=state["skipped"], images=state["images"], measured=measured)
 
 
 @dataclass
@@ -149,7 +152,7 @@ class Run:
             steps=window.steps,
             skipped_steps=window.skipped,
             images_per_second=images / seconds,
-            step_seconds=self.timer.window(window.steps),
+            step_seconds=self.timer.window(window.timed_steps),
             **self.head.statistics(),
             eta_seconds=self.stages.images_left(self.step) * seconds / images,
         )

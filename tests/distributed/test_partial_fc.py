@@ -6,16 +6,19 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.class_shard import ClassShard
 from model.partial_fc import CENTERS, PartialFC
 from tests.heads import (
     BATCH,
     EXACT,
+    HEADS,
     MARGINS,
     RULES,
+    VARIANTS,
+    Allocations,
     D,
+    HostReads,
     call_heads,
     check,
     expectations,
@@ -317,28 +320,12 @@ def test_bfloat16_operands_cost_less_than_half_a_percent_of_the_gradient(centers
     assert all(1e-4 < error < 5e-3 for error in gradients)
 
 
-class Allocations(TorchDispatchMode):
-    """Bytes of the largest tensor that an operation gives."""
-
-    def __init__(self):
-        super().__init__()
-        self.largest = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, tuple | list) else [made]:
-            if isinstance(tensor, torch.Tensor):
-                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
-        return made
-
-
-@pytest.mark.parametrize("curricular", [False, True])
 @pytest.mark.parametrize("scale", [32.0, 128.0])
-@pytest.mark.parametrize("centers", CENTERS)
-def test_no_operation_makes_a_matrix_of_batch_by_classes(centers, scale, curricular):
+@pytest.mark.parametrize(("variant", "centers"), HEADS)
+def test_no_operation_makes_a_matrix_of_batch_by_classes(variant, centers, scale):
     """Forward, backward, AdamW and the expectation's update; the largest tensors are those of [C, D], [B, D] and one chunk."""
     batch, num_classes, size, chunk_rows = 256, 4000, 16, 32
-    head = PartialFC(size, num_classes, 1.0, (1.0, 0.5, 0.0), scale, curricular=curricular, chunk_rows=chunk_rows)
+    head = PartialFC(size, num_classes, 1.0, scale=scale, chunk_rows=chunk_rows, **VARIANTS[variant])
     head.set_stage(1.0, centers, update_expectation=True)
     head.expectation_seen[:3000] = True
     labels, embeddings = torch.arange(batch) * 7, torch.randn(batch, size, requires_grad=True)
@@ -351,26 +338,10 @@ def test_no_operation_makes_a_matrix_of_batch_by_classes(centers, scale, curricu
     assert chunk <= allocations.largest < 2 * chunk < batch * num_classes * 4
 
 
-class HostReads(TorchDispatchMode):
-    """Operations whose result or shape depends on values, so that on a GPU the host would wait for them."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        indices = args[1] if name in {"index", "index_put", "index_put_"} else []
-        masks = [index for index in indices if index is not None and index.dtype == torch.bool]
-        if masks or name in {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero"}:
-            self.found.append(name)
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("sample_rate", [1.0, 0.3])
-@pytest.mark.parametrize("centers", CENTERS)
-def test_only_prepare_looks_at_values(centers, sample_rate):
-    head = PartialFC(8, 50, scale=64.0, curricular=True)
+@pytest.mark.parametrize(("variant", "centers"), HEADS)
+def test_only_prepare_looks_at_values(variant, centers, sample_rate):
+    head = PartialFC(8, 50, scale=64.0, **VARIANTS[variant])
     labels = torch.tensor([0, 7, 7, 49])
     head.expectation_seen[:30] = True
     head.set_stage(sample_rate, centers, update_expectation=True)

@@ -44,7 +44,7 @@ def test_a_killed_run_continues_bit_for_bit(kill, shards, finished, tmp_path):
     check_resume("zero1_fp32.json", kill, shards, finished, tmp_path)
 
 
-@pytest.mark.parametrize("ds_config", ["zero2_fp32.json", "zero3_fp32.json", "zero1_bf16.json", "zero3_bf16.json"])
+@pytest.mark.parametrize("ds_config", ["zero3_fp32.json", "zero1_bf16.json", "zero3_bf16.json"])  # zero2_fp32: SWITCHES, below
 def test_every_zero_stage_and_precision_resumes_bit_for_bit(ds_config, shards, finished, tmp_path):
     check_resume(ds_config, (1, 5), shards, finished, tmp_path)
 

@@ -119,7 +119,7 @@ def margin_reference(cosine, margin, margin_gradient):
     """cos(m1 theta + m2) - m3; past pi it goes on with slope 1 in the cosine, below 0 it stays at 1."""
     m1, m2, m3 = margin
     variable = cosine.detach() if margin_gradient == "straight_through" else cosine
-    angle = m1 * math.acos(cosine.item()) + float(m2)
+    angle = m1 * math.acos(cosine.item()) + float(torch.as_tensor(m2).detach())
     if angle > math.pi:
         value = variable - torch.cos(torch.as_tensor((math.pi - m2) / m1, dtype=torch.float64)) - 1
     elif angle < 0:

@@ -20,6 +20,7 @@ from torch import Tensor
 from data_pipeline.output import write_file
 from train.config import GuardConfig
 from train.dist import RankError, Ranks
+from train.metrics import finite_or_null
 
 FILE_NAME = "skipped_steps.jsonl"
 SPIKE, LOSS, GRADIENT, OVERFLOW = "spike", "loss not finite", "gradient not finite", "fp16 overflow"
@@ -177,7 +178,7 @@ class Guard:
         mine = self._ranks.together(lambda: [name for ask in records for name in ask()] if self._ranks.rank in named else [])
         everyones = self._ranks.gather(mine)
         line = {**asdict(skip), "records": {rank: everyones[rank] for rank in named}}
-        text = json.dumps({key: _or_null(value) for key, value in line.items()}, allow_nan=False) + "\n"
+        text = json.dumps(finite_or_null(line), allow_nan=False) + "\n"
         self._ranks.together(lambda: write_file(self._file, text, append=True) if self._ranks.is_first else None)
         self._ranks.say(skip_text(skip, self._file))
 
@@ -220,7 +221,3 @@ def stop_text(skips: Sequence[Skip], file: Path) -> str:
 
 def _on(ranks: Sequence[int]) -> str:
     return f" on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" if ranks else ""
-
-
-def _or_null(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -168,7 +168,7 @@ class Metrics:
         """Publish one log window. A number that is not finite becomes null in the file; Prometheus takes it as it is."""
         self._exported.update(record)
         if self._file is not None:
-            line = {"time": time.time(), **_finite(asdict(record))}  # time: seconds since 1970
+            line = {"time": time.time(), **finite_or_null(asdict(record))}  # time: seconds since 1970
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
 
@@ -244,9 +244,10 @@ def _open_for_append(path: Path) -> Any:
     return path.open("a", encoding="utf-8")
 
 
-def _finite(value: Any) -> Any:
+def finite_or_null(value: Any) -> Any:
+    """``value`` for JSON: in it and the mappings inside it None for every number that is not finite."""
     if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite_or_null(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -10,7 +10,6 @@ import torch.distributed as dist
 from model.class_shard import ClassShard
 from model.partial_fc import CENTERS, PartialFC
 from tests.heads import (
-    BATCH,
     EXACT,
     HEADS,
     MARGINS,
@@ -21,7 +20,6 @@ from tests.heads import (
     HostReads,
     call_heads,
     check,
-    expectations,
     gather_rows,
     global_batch,
     my_share,
@@ -99,32 +97,6 @@ def check_steps(group, num_classes):
     assert relative_error(gather_rows(group, head.weight), adamw_reference(start, history, lr=1e-2, weight_decay=0.1)) < 2e-6
     assert torch.equal(gather_rows(group, head.expectation_seen), seen)
     assert relative_error(gather_rows(group, head.expectation), expectation) < 2e-6
-
-
-def check_not_finite(group, centers, value):
-    """With ``replace`` the centers have no gradient, so that only rank 1's samples tell."""
-    head = PartialFC(D, 20, 1.0, (1.0, 0.0, 0.4), 16.0, group=group, curricular=True)
-    for mine, every in zip((head.expectation, head.expectation_seen), expectations(20), strict=True):
-        mine.copy_(every[head.class_start : head.class_start + len(head.shard)])
-    head.set_stage(1.0, centers, update_expectation=True)
-    embeddings, labels = global_batch(20)
-    before = {name: tensor.clone() for name, tensor in head.state().items()}
-    for _ in range(2):  # after one finite micro-batch
-        mine = my_share(group, embeddings).requires_grad_()
-        head(mine, my_share(group, labels)).backward()
-        if dist.get_rank(group) == 1:
-            embeddings[BATCH - 1, 0] = value
-    assert mine.grad.isinf().all(), "every rank must hand inf to its engine"
-    head.discard()
-    before["draws"] += 2  # which classes come next is no matter of a step's fate
-    assert all(torch.equal(tensor, before[name]) for name, tensor in head.state().items())
-    assert head.pending_gradient()[0].numel() == 0
-
-
-@pytest.mark.parametrize("value", [math.nan, 1e30])
-@pytest.mark.parametrize("centers", ["learned", "pco", "replace"])
-def test_a_gradient_that_is_not_finite_on_one_rank_poisons_every_rank_and_leaves_nothing(centers, value):
-    run_ranks(2, check_not_finite, centers, value)
 
 
 def check_bad_label(group):

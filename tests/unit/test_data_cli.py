@@ -85,7 +85,14 @@ def test_pairs_inside_the_faces_are_refused(tmp_path, capsys):
 @pytest.mark.parametrize(("number", "code", "line"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "")])
 def test_a_stopped_command_exits_with_its_code_and_leaves_nothing(tmp_path, number, code, line):
     command = [sys.executable, "-m", "data_pipeline", "synthetic", str(tmp_path / "faces"), "--identities", "5000"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": ""})
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": ""},
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a shell's background job, as this suite may be, ignores SIGINT
+    )
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".faces.new-*/id_00001")):
         assert process.poll() is None, process.stderr.read()

@@ -11,6 +11,7 @@ from data_pipeline.output import replace_file
 from eval.embedder import INPUT_RANGES, load_embedder
 from eval.errors import EvalError
 from eval.pairs import FAR_TARGETS, PairReport, evaluate_pairs
+from eval.pairs_file import find_pairs
 
 
 def main(argv: list[str]) -> int:
@@ -32,10 +33,11 @@ def _pairs(args: argparse.Namespace) -> None:
         raise EvalError(f"{args.json}: no such folder: {args.json.parent}")
     if args.json and args.json.is_dir():
         raise EvalError(f"{args.json}: is a folder; --json names a file")
+    pairs = find_pairs(args.images, args.pairs)
     embedder = load_embedder(args.model, args.input_range, args.batch_size)
     how = "read from the model" if args.input_range == "auto" else "as told"
     print(f"model {embedder.source}\ninput range {embedder.input_range} ({how}), batch size {embedder.batch_size}", flush=True)
-    report = evaluate_pairs(embedder, args.images, args.pairs, progress=_Progress())
+    report = evaluate_pairs(embedder, pairs, progress=_Progress())
     _print_report(report)
     if args.json:
         record = {

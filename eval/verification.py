@@ -37,31 +37,59 @@ class TarAtFar:
     impostor: int  # pairs of two persons
 
 
-def kfold_accuracy(scores: ArrayLike, same: ArrayLike, num_folds: int = 10, candidates: ArrayLike | None = None) -> PairAccuracy:
-    """Accuracy on each of ``num_folds`` contiguous folds at the threshold that is best on the other folds.
+def kfold_accuracy(scores: ArrayLike, same: ArrayLike, folds: int | ArrayLike = 10, candidates: ArrayLike | None = None) -> PairAccuracy:
+    """Accuracy on each fold at the threshold that is best on the other folds.
 
     Of equally good thresholds the highest (strictest) is taken.
 
     Args:
         scores: [P] similarity, higher means more alike.
         same: [P] bool, True for pairs of one person.
-        num_folds: at least 2; the first P % num_folds folds hold one pair more.
+        folds: [P] int, the fold of each pair, see ``count_folds``; or a number, for ``contiguous_folds``.
         candidates: thresholds to choose among, ascending, such as ``FIELD_GRID``. None searches exactly: every partition that the other
             folds' scores allow, the threshold midway between two neighbouring distinct scores, or accepting all, or none.
-    Raises: EvalError for unequal lengths, scores that are not finite, or fewer pairs than folds.
+    Raises: EvalError for unequal lengths, scores that are not finite, fewer than two folds, or a fold without a pair.
     """
     scores, same = _checked(scores, same)
-    if not 2 <= num_folds <= len(scores):
-        raise EvalError(f"{num_folds} folds of {len(scores)} pairs: need at least 2 folds and a pair in each")
+    folds = contiguous_folds(len(scores), folds) if np.ndim(folds) == 0 else np.asarray(folds)
+    num_folds = count_folds(folds)
+    if folds.shape != scores.shape:
+        raise EvalError(f"{len(folds)} folds given for {len(scores)} pairs, expected the fold of each pair")
     accuracies, thresholds = [], []
-    for held_out in np.array_split(np.arange(len(scores)), num_folds):
-        rest = np.ones(len(scores), dtype=bool)
-        rest[held_out] = False
+    for fold in range(num_folds):
+        held_out, rest = folds == fold, folds != fold
         cuts = _every_cut(scores[rest]) if candidates is None else np.asarray(candidates, dtype=np.float64)
         threshold = _best_threshold(cuts, scores[rest], same[rest])
         thresholds.append(threshold)
         accuracies.append(float(np.mean((scores[held_out] >= threshold) == same[held_out])))
     return PairAccuracy(float(np.mean(accuracies)), float(np.std(accuracies)), tuple(accuracies), tuple(thresholds))
+
+
+def contiguous_folds(num_pairs: int, num_folds: int) -> np.ndarray:
+    """Cut pairs into folds in their order; the first ``num_pairs % num_folds`` folds hold one pair more.
+
+    This is how the field cuts the pairs of a pack (scikit-learn's KFold without shuffling).
+    Returns: [P] int64, the fold of each pair. Raises: EvalError for fewer than two folds or a fold without a pair.
+    """
+    if not 2 <= num_folds <= num_pairs:
+        raise EvalError(f"{num_folds} folds of {num_pairs} pairs: need at least 2 folds and a pair in each")
+    each, more = divmod(num_pairs, num_folds)
+    return np.repeat(np.arange(num_folds), [each + (fold < more) for fold in range(num_folds)])
+
+
+def count_folds(folds: np.ndarray) -> int:
+    """Number of folds, where ``folds`` [P] int holds the fold of each pair.
+
+    Raises: EvalError unless the folds are numbered 0, 1, ... without a gap, two at least: each one's threshold is chosen on the others.
+    """
+    if folds.ndim != 1 or not np.issubdtype(folds.dtype, np.integer):
+        raise EvalError(f"expected the fold of each pair, integers [P], got {folds.dtype} {list(folds.shape)}")
+    found = np.unique(folds)
+    if not np.array_equal(found, np.arange(len(found))):
+        raise EvalError(f"{len(found)} folds numbered {found[0]} to {found[-1]}, expected 0 to {len(found) - 1}, with a pair in each")
+    if len(found) < 2:
+        raise EvalError("one fold; accuracy needs two or more, to choose each one's threshold on the others")
+    return len(found)
 
 
 def tar_at_far(scores: ArrayLike, same: ArrayLike, far: float) -> TarAtFar:

@@ -84,13 +84,14 @@ def _evaluate(run):
     """(pair accuracy of the last checkpoint's weights, of its mean weights); None for what the recipe does not have."""
     from eval.embedder import load_embedder
     from eval.pairs import evaluate_pairs
+    from eval.pairs_file import find_pairs
     from train.checkpoint import BACKBONE, BACKBONE_EMA
 
     cfg = run.cfg
 
     def accuracy(name):
         run.ranks.say(f"verifying the pairs of {cfg.eval.pairs} with {name}")
-        return evaluate_pairs(load_embedder(run.last_checkpoint / name), cfg.eval.images, cfg.eval.pairs)
+        return evaluate_pairs(load_embedder(run.last_checkpoint / name), find_pairs(cfg.eval.images, cfg.eval.pairs))
 
     pairs = accuracy(BACKBONE) if cfg.eval else None
     pairs_ema = accuracy(BACKBONE_EMA) if cfg.eval and cfg.model.ema_decay is not None else None

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from data_pipeline.loader import Augment, FaceLoader
-from eval.pairs import find_pairs
+from eval.pairs_file import find_pairs
 from model.partial_fc import PartialFC
 from model.vit import build_vit
 from train.checkpoint import CheckpointError, Checkpoints, Identity, Saved

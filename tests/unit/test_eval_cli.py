@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from eval.__main__ import main
 from eval.embedder import load_embedder
 from eval.pairs import evaluate_pairs
+from eval.pairs_file import find_pairs
 from model.vit import build_vit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,7 +111,7 @@ def test_a_published_model_parts_the_pairs_of_real_faces(faces, tmp_path):
         chosen += lines[start : start + 20] + lines[start + 300 : start + 320]
     (tmp_path / "pairs.txt").write_text("\n".join(chosen))
     model = faces / "models" / "mobilefacenet_y1_ms1m.onnx"
-    report = evaluate_pairs(load_embedder(model), faces / "lfw_112", tmp_path / "pairs.txt")
+    report = evaluate_pairs(load_embedder(model), find_pairs(faces / "lfw_112", tmp_path / "pairs.txt"))
     assert report.num_pairs == 80
     assert report.embedding_size == 128
     assert report.accuracy.mean >= 78 / 80

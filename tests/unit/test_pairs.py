@@ -1,6 +1,8 @@
 """Pairs: accuracy and TAR@FAR against brute force, the reader of pairs files, and a whole evaluation of a made-up model."""
 
 import itertools
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -8,8 +10,9 @@ from PIL import Image
 
 from eval.embedder import Embedder
 from eval.errors import EvalError
-from eval.pairs import evaluate_pairs, read_pairs
-from eval.verification import FIELD_GRID, kfold_accuracy, tar_at_far
+from eval.pairs import evaluate_pairs
+from eval.pairs_file import find_pairs, read_pairs
+from eval.verification import FIELD_GRID, contiguous_folds, kfold_accuracy, tar_at_far
 
 
 def random_scores(seed: int, count: int, *, ties: bool, separation: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
@@ -82,6 +85,20 @@ def test_one_sided_training_folds_accept_all_or_none():
     assert kfold_accuracy([0.5, 0.6, 0.7, 0.8], [False] * 4, 2).thresholds == (np.nextafter(0.8, 1), np.nextafter(0.6, 1))
 
 
+def test_contiguous_folds_are_the_fields():
+    """As scikit-learn's KFold(n_splits=10, shuffle=False) cuts 23 and 6,000 pairs: the first 23 % 10 folds have one more."""
+    assert "".join(map(str, contiguous_folds(23, 10))) == "00011122233445566778899"
+    assert np.array_equal(contiguous_folds(6000, 10), np.repeat(np.arange(10), 600))
+
+
+def test_pairs_of_a_fold_may_lie_anywhere():
+    scores, same = random_scores(7, 60, ties=False)
+    order = np.random.default_rng(0).permutation(60)
+    mixed = kfold_accuracy(scores[order], same[order], (np.arange(60) // 10)[order])
+    assert mixed == kfold_accuracy(scores, same, 6)
+    assert mixed != kfold_accuracy(scores[order], same[order], 6)
+
+
 @pytest.mark.parametrize(
     ("scores", "same", "folds", "message"),
     [
@@ -91,6 +108,11 @@ def test_one_sided_training_folds_accept_all_or_none():
         ([0.1, 0.2], [1, 0], 2, "same must be bool"),
         ([0.1, 0.2], [True, False], 1, "1 folds of 2 pairs"),
         ([0.1, 0.2], [True, False], 3, "3 folds of 2 pairs"),
+        ([0.1, 0.2], [True, False], [0, 0], "one fold; accuracy needs two or more"),
+        ([0.1, 0.2], [True, False], [0, 1, 0], "3 folds given for 2 pairs"),
+        ([0.1, 0.2, 0.3], [True, False, True], [0, 3, 0], "2 folds numbered 0 to 3, expected 0 to 1, with a pair in each"),
+        ([0.1, 0.2, 0.3], [True, False, True], [-1, 0, 1], "3 folds numbered -1 to 1, expected 0 to 2"),
+        ([0.1, 0.2], [True, False], [0.0, 1.0], "the fold of each pair, integers"),
     ],
 )
 def test_scores_that_make_no_sense_are_refused(scores, same, folds, message):
@@ -203,6 +225,10 @@ def test_a_missing_or_binary_pairs_file_is_named(tmp_path):
 # --- a whole evaluation
 
 
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def corner_embedder(batch_size: int = 3, calls: list | None = None) -> Embedder:
     """The embedding is the pixel (row 0, column 0) as three numbers."""
 
@@ -235,7 +261,7 @@ def people(tmp_path):
 
 def test_images_are_embedded_once_with_their_mirror_and_pairs_scored_by_cosine(people):
     calls, progress = [], []
-    report = evaluate_pairs(corner_embedder(calls=calls), *people, progress=lambda done, total: progress.append((done, total)))
+    report = evaluate_pairs(corner_embedder(calls=calls), find_pairs(*people), progress=lambda done, total: progress.append((done, total)))
     assert sum(calls) == 2 * 8
     assert progress == [(3, 8), (6, 8), (8, 8)]
     assert (report.num_pairs, report.num_images, report.embedding_size) == (8, 8, 3)
@@ -247,18 +273,18 @@ def test_images_are_embedded_once_with_their_mirror_and_pairs_scored_by_cosine(p
 
 
 def test_the_report_does_not_depend_on_the_batch_size_or_on_mirrored_images(people):
-    reports = [evaluate_pairs(corner_embedder(size), *people).accuracy for size in (1, 5, 64)]
+    reports = [evaluate_pairs(corner_embedder(size), find_pairs(*people)).accuracy for size in (1, 5, 64)]
     assert reports[0] == reports[1] == reports[2]
     for path in people[0].rglob("*.*eg"):
         Image.fromarray(np.asarray(Image.open(path))[:, ::-1]).save(path, format="PNG")
-    assert evaluate_pairs(corner_embedder(), *people).accuracy == reports[0]
+    assert evaluate_pairs(corner_embedder(), find_pairs(*people)).accuracy == reports[0]
 
 
 def test_a_missing_image_is_named_with_the_line_that_asks_for_it(people):
     images, pairs = people
     (images / "P.3" / "P.3_0002.jpeg").unlink()
     with pytest.raises(EvalError, match=r"P.3/P.3_0002: no such image, with suffix .jpg, .png, .jpeg \(asked for by .*pairs.txt, line 5\)"):
-        evaluate_pairs(corner_embedder(), images, pairs)
+        evaluate_pairs(corner_embedder(), find_pairs(images, pairs))
 
 
 def test_images_of_another_size_and_files_that_are_no_images_are_named(people):
@@ -266,27 +292,30 @@ def test_images_of_another_size_and_files_that_are_no_images_are_named(people):
     path = images / "P.1" / "P.1_0001.png"
     Image.new("RGB", (250, 240)).save(path)
     with pytest.raises(EvalError, match=r"P.1_0001.png: expected an aligned 112 x 112 face, found 250 x 240 pixels"):
-        evaluate_pairs(corner_embedder(), images, pairs)
+        evaluate_pairs(corner_embedder(), find_pairs(images, pairs))
     Image.fromarray(np.full((112, 112), 30000, np.uint16)).save(path)
     with pytest.raises(EvalError, match=r"P.1_0001.png: more than 8 bits per pixel and channel"):
-        evaluate_pairs(corner_embedder(), images, pairs)
-    path.write_bytes(b"P6 -1 112 255 ")  # Pillow raises ValueError
+        evaluate_pairs(corner_embedder(), find_pairs(images, pairs))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", struct.pack(">IIBBBBB", 9000, 9000, 8, 2, 0, 0, 0)) + png_chunk(b"IDAT", b"")
+    )
+    with pytest.raises(EvalError, match=r"P.1_0001.png: expected an aligned 112 x 112 face, found 9000 x 9000 pixels"):
+        evaluate_pairs(corner_embedder(), find_pairs(images, pairs))  # and nothing of that size was decoded: there is no data
+    Image.new("RGB", (112, 112)).save(path, format="PPM")  # its suffix says PNG
     with pytest.raises(EvalError, match=r"P.1_0001.png: not a readable image"):
-        evaluate_pairs(corner_embedder(), images, pairs)
+        evaluate_pairs(corner_embedder(), find_pairs(images, pairs))
     path.write_bytes(b"no image")
     with pytest.raises(EvalError, match=r"P.1_0001.png: not a readable image"):
-        evaluate_pairs(corner_embedder(), images, pairs)
+        evaluate_pairs(corner_embedder(), find_pairs(images, pairs))
     with pytest.raises(EvalError, match="elsewhere: no such folder of images"):
-        evaluate_pairs(corner_embedder(), images / "elsewhere", pairs)
+        find_pairs(images / "elsewhere", pairs)
 
 
-def test_one_fold_is_refused_before_an_image_is_embedded(people):
+def test_one_fold_is_refused(people):
     images, pairs = people
     pairs.write_text("1\t1\nP.0\t1\t2\nP.0\t1\tP.1\t2\n")
-    calls = []
     with pytest.raises(EvalError, match=r"pairs\.txt: one fold; accuracy needs two or more"):
-        evaluate_pairs(corner_embedder(calls=calls), images, pairs)
-    assert not calls
+        find_pairs(images, pairs)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
@@ -300,4 +329,4 @@ def test_an_image_whose_embedding_is_not_finite_is_named(people, value):
 
     embedder = Embedder(forward, source="broken", input_range="0..255", batch_size=3)
     with pytest.raises(EvalError, match=r"P.2_0002.jpeg: its embedding is zero or not finite \(1 of 3 in its batch\); check broken"):
-        evaluate_pairs(embedder, *people)
+        evaluate_pairs(embedder, find_pairs(*people))

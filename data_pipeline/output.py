@@ -45,19 +45,19 @@ def new_folder(target: Path, owned: re.Pattern[str], *, force: bool = False) -> 
         raise
 
 
-def write_file(path: Path, text: str, *, append: bool = False) -> None:
-    """Write (or append to) a UTF-8 text file, down to the disk (fsync)."""
-    with open(path, "a" if append else "w", encoding="utf-8") as file:
-        file.write(text)
+def write_file(path: Path, content: str | bytes, *, append: bool = False) -> None:
+    """Write (or append to) a file, a text as UTF-8, down to the disk (fsync)."""
+    with open(path, "ab" if append else "wb") as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write a text file that is complete or absent: readers see the old one until the new one is on the disk."""
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write a file that is complete or absent: readers see the old one until the new one is on the disk."""
     fresh = path.with_name(f".{path.name}.new-{os.getpid()}")
     try:
-        write_file(fresh, text)
+        write_file(fresh, content)
         os.replace(fresh, path)
     except BaseException:
         fresh.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""``python -m eval``: embeddings to numbers from the command line."""
+"""``python -m eval pairs | pack``: embeddings to numbers, and pairs to one file, from the command line."""
 
 import argparse
 import json
@@ -10,6 +10,8 @@ from pathlib import Path
 from data_pipeline.output import replace_file
 from eval.embedder import INPUT_RANGES, load_embedder
 from eval.errors import EvalError
+from eval.pair_pack import SUFFIX, open_pack, write_pack
+from eval.pair_set import PairSet
 from eval.pairs import FAR_TARGETS, PairReport, evaluate_pairs
 from eval.pairs_file import find_pairs
 
@@ -29,11 +31,9 @@ def main(argv: list[str]) -> int:
 
 
 def _pairs(args: argparse.Namespace) -> None:
-    if args.json and not args.json.parent.is_dir():
-        raise EvalError(f"{args.json}: no such folder: {args.json.parent}")
-    if args.json and args.json.is_dir():
-        raise EvalError(f"{args.json}: is a folder; --json names a file")
-    pairs = find_pairs(args.images, args.pairs)
+    if args.json:
+        _check_output(args.json, "--json")
+    pairs = _open_pairs(args.images, args.pairs, args.pack, "--pack FILE")
     embedder = load_embedder(args.model, args.input_range, args.batch_size)
     how = "read from the model" if args.input_range == "auto" else "as told"
     print(f"model {embedder.source}\ninput range {embedder.input_range} ({how}), batch size {embedder.batch_size}", flush=True)
@@ -44,12 +44,41 @@ def _pairs(args: argparse.Namespace) -> None:
             "model": embedder.source,
             "input_range": embedder.input_range,
             "batch_size": embedder.batch_size,
-            "images": str(args.images),
-            "pairs": str(args.pairs),
+            "source": pairs.origin,
+            **({"pack": str(args.pack)} if args.pack else {"images": str(args.images), "pairs": str(args.pairs)}),
             **asdict(report),
             "images_per_second": report.images_per_second,
         }
         replace_file(args.json, json.dumps(record, indent=2) + "\n")
+
+
+def _pack(args: argparse.Namespace) -> None:
+    *sources, out = args.paths
+    if len(sources) > 1:
+        raise EvalError(f"expected one source and one output, got {len(args.paths)} files: {' '.join(map(str, args.paths))}")
+    if not out.name.endswith(SUFFIX):
+        raise EvalError(f"{out}: the output comes last, and its name ends in {SUFFIX}")
+    _check_output(out, "the output")
+    pairs = _open_pairs(args.images, args.pairs, sources[0] if sources else None, "SRC.bin before the output")
+    size = write_pack(pairs, out, progress=_Progress())
+    print(f"{out}: {len(pairs.pairs)} pairs in {pairs.num_folds} folds, {len(pairs.names)} images, {size} bytes")
+
+
+def _open_pairs(images: Path | None, pairs_file: Path | None, pack: Path | None, pack_option: str) -> PairSet:
+    """The pairs of a folder or of a pack, whichever of the two the command line gives."""
+    if pack and not images and not pairs_file:
+        return open_pack(pack)
+    if images and pairs_file and not pack:
+        return find_pairs(images, pairs_file)
+    raise EvalError(f"give either --images DIR and --pairs PAIRS.txt, or {pack_option}")
+
+
+def _check_output(path: Path, option: str) -> None:
+    """Before the work: can the file be written?"""
+    if not path.parent.is_dir():
+        raise EvalError(f"{path}: no such folder: {path.parent}")
+    if path.is_dir():
+        raise EvalError(f"{path}: is a folder; {option} names a file")
 
 
 def _print_report(report: PairReport) -> None:
@@ -98,12 +127,12 @@ def _parser() -> argparse.ArgumentParser:
     pairs = commands.add_parser(
         "pairs",
         help="verification accuracy and TAR@FAR on a list of pairs (LFW, CFP, AgeDB)",
-        description="Embed every image of a pairs file and its mirror, sum and normalise, and score each pair by cosine. Prints accuracy "
-        f"over the file's folds (threshold chosen on the others) and TAR at FAR {fars}, as far as the pairs resolve them.",
+        description="Embed every image of the pairs and its mirror, sum and normalise, and score each pair by cosine. Prints accuracy "
+        f"over the folds (threshold chosen on the others) and TAR at FAR {fars}, as far as the pairs resolve them.",
     )
     pairs.add_argument("--model", required=True, type=Path, help="a run directory (its newest checkpoint), a .safetensors or an .onnx file")
-    pairs.add_argument("--images", required=True, type=Path, help="folder with <Name>/<Name>_0001.jpg (.png, .jpeg): aligned, 112 x 112")
-    pairs.add_argument("--pairs", required=True, type=Path, help="LFW format: 'folds n', then per fold n genuine and n impostor lines")
+    _add_folder(pairs)
+    pairs.add_argument("--pack", type=Path, metavar="FILE", help=f"instead of both: NAME{SUFFIX}, or the field's NAME.bin")
     pairs.add_argument(
         "--input-range",
         choices=("auto", *INPUT_RANGES),
@@ -113,7 +142,27 @@ def _parser() -> argparse.ArgumentParser:
     pairs.add_argument("--batch-size", type=int, default=64, help="images per forward (default 64; a fixed-batch graph keeps its own)")
     pairs.add_argument("--json", type=Path, help="also write every number, per fold too, to this file")
     pairs.set_defaults(command=_pairs)
+
+    pack = commands.add_parser(
+        "pack",
+        usage=f"%(prog)s [-h] (SRC.bin | --images DIR --pairs PAIRS.txt) OUT{SUFFIX}",
+        help="a folder of images and its pairs, or the field's .bin, as one safe file",
+        description="Put pairs and their images into one safetensors file: pairs --pack gives the same numbers from it. From SRC.bin, a "
+        "pickle, nothing is executed: one that asks for more than lists, bytes and numpy arrays is refused. Its pairs get the field's ten "
+        "contiguous folds, and images of equal bytes are stored once. All images are kept byte for byte, and decoded once as a check. The "
+        "output appears when it is complete, or not at all.",
+    )
+    pack.add_argument("paths", nargs="+", type=Path, metavar="FILE", help=f"SRC.bin, if no folder is given, and OUT{SUFFIX}")
+    _add_folder(pack)
+    pack.set_defaults(command=_pack)
     return parser
+
+
+def _add_folder(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--images", type=Path, metavar="DIR", help="holds <Name>/<Name>_0001.jpg (.png, .jpeg): aligned, 112 x 112")
+    command.add_argument(
+        "--pairs", type=Path, metavar="PAIRS.txt", help="LFW format: 'folds n', then per fold n genuine and n impostor lines"
+    )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -94,10 +95,83 @@ def test_an_interrupt_ends_in_one_line_and_exit_code_130(arguments, tmp_path, ca
     assert not (tmp_path / "out.json").exists()
 
 
+def test_a_pack_of_the_folder_gives_the_same_numbers(arguments, tmp_path, capsys):
+    model, folder, pack = arguments[1:3], arguments[3:], f"{tmp_path}/p.pairs.safetensors"
+    assert main(["pack", *folder, pack]) == 0
+    captured = capsys.readouterr()
+    size = Path(pack).stat().st_size
+    assert captured.out == f"{pack}: 20 pairs in 10 folds, 21 images, {size} bytes\n"
+    assert "21/21 images" in captured.err
+    assert main(["pairs", *model, *folder, "--json", f"{tmp_path}/folder.json"]) == 0
+    assert main(["pairs", *model, "--pack", pack, "--json", f"{tmp_path}/pack.json"]) == 0
+    records = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("folder", "pack")]
+    assert [records[0].pop("images"), records[0].pop("pairs")] == folder[1::2]
+    assert records[1].pop("pack") == pack
+    for record in records:
+        assert record.pop("seconds") > 0
+        assert record.pop("images_per_second") > 0
+    assert records[0] == records[1]
+    assert records[1]["source"] == "pairs.txt"
+
+
+def test_a_bin_pack_is_evaluated_and_converted(arguments, tmp_path, capsys):
+    files = [path.read_bytes() for path in sorted((tmp_path / "images").rglob("*.png"))]
+    flags = [k % 2 == 0 for k in range(20)]
+    images = [file for k, same in enumerate(flags) for file in (files[k], files[k + 1 if same else (k + 4) % 22])]
+    (tmp_path / "p.bin").write_bytes(pickle.dumps((images, flags), 2))
+    assert main(["pack", f"{tmp_path}/p.bin", f"{tmp_path}/p.pairs.safetensors"]) == 0
+    printed = []
+    for name in ("p.bin", "p.pairs.safetensors"):
+        capsys.readouterr()
+        assert main([*arguments[:3], "--pack", f"{tmp_path}/{name}"]) == 0
+        printed.append(capsys.readouterr().out.splitlines()[:-1])  # without the last line, the speed
+    assert printed[0] == printed[1]
+    assert printed[0][2].startswith("20 pairs of ")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [[], ["--images", "i"], ["--pairs", "p"], ["--images", "i", "--pairs", "p", "--pack", "x.bin"], ["--images", "i", "--pack", "x.bin"]],
+)
+def test_pairs_come_from_a_folder_or_a_pack_and_not_from_both(arguments, given, capsys):
+    assert main([*arguments[:3], *given]) == 2
+    assert capsys.readouterr().err == "error: give either --images DIR and --pairs PAIRS.txt, or --pack FILE\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["x.bin"], "x.bin: the output comes last, and its name ends in .pairs.safetensors"),
+        (["x.pairs.safetensors"], "give either --images DIR and --pairs PAIRS.txt, or SRC.bin before the output"),
+        (["x.bin", "y.pairs.safetensors", "--images", "i", "--pairs", "p"], "give either --images DIR and --pairs PAIRS.txt, or SRC.bin "),
+        (["x.bin", "y.bin", "z.pairs.safetensors"], "expected one source and one output, got 3 files: x.bin y.bin z.pairs.safetensors"),
+        (["x.bin", "nowhere/x.pairs.safetensors"], "nowhere/x.pairs.safetensors: no such folder: nowhere"),
+        (["nowhere.bin", "x.pairs.safetensors"], "nowhere.bin: no such pack"),
+    ],
+)
+def test_pack_says_what_is_missing(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(["pack", *words]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"error: {message}")
+    assert captured.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_hostile_pack_ends_in_one_line_and_exit_code_2(arguments, tmp_path, capsys):
+    (tmp_path / "x.bin").write_bytes(b"cos\nsystem\n(S'touch canary'\ntR.")
+    for words in ([*arguments[:3], "--pack", f"{tmp_path}/x.bin"], ["pack", f"{tmp_path}/x.bin", f"{tmp_path}/x.pairs.safetensors"]):
+        assert main(words) == 2
+        captured = capsys.readouterr()
+        assert captured.err.startswith(f"error: {tmp_path}/x.bin: asks for os.system, which no pack of images needs")
+        assert captured.err.count("\n") == 1
+        assert captured.out == ""
+
+
 def test_the_module_runs_from_the_repository_root_and_explains_itself():
     command = [sys.executable, "-m", "eval", "pairs", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
-    for word in ("--model", "--images", "--pairs", "--input-range", "--batch-size", "--json", "run directory"):
+    for word in ("--model", "--images", "--pairs", "--pack", "--input-range", "--batch-size", "--json", "run directory"):
         assert word in done.stdout
 
 

@@ -26,23 +26,29 @@ def new_folder(target: Path, owned: re.Pattern[str], *, force: bool = False) -> 
     try:
         fresh.chmod(0o777 & ~_umask())  # mkdtemp makes folders that only the owner reads
         yield fresh
-        sync_folder(fresh)
-        if target.exists():
-            refuse_existing(target, owned, force)  # it may have appeared meanwhile
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
-            try:
-                os.replace(target, old)
-                os.replace(fresh, target)
-            finally:
-                if not target.exists():  # stopped between the two
-                    os.replace(old, target)
-                shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(fresh, target)
-        sync_folder(target.parent)
+        publish(fresh, target, owned, force=force)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
+
+
+def publish(fresh: Path, target: Path, owned: re.Pattern[str], *, force: bool = False) -> None:
+    """Give the complete folder ``fresh`` the name of its sibling ``target``. An existing one is treated as ``new_folder`` says."""
+    target = target.resolve()
+    sync_folder(fresh)
+    if target.exists():
+        refuse_existing(target, owned, force)  # it may have appeared meanwhile
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+        try:
+            os.replace(target, old)
+            os.replace(fresh, target)
+        finally:
+            if not target.exists():  # stopped between the two
+                os.replace(old, target)
+            shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.replace(fresh, target)
+    sync_folder(target.parent)
 
 
 def write_file(path: Path, content: str | bytes, *, append: bool = False) -> None:

@@ -1,172 +1,213 @@
-"""Packs ``SRC/<identity>/<image>`` into globally shuffled shards, one index over all of them, and a sidecar that says what they hold."""
+"""Packs images into globally shuffled shards, one index and one table over all of them, and a sidecar that says what they hold."""
 
-import io
+import fcntl
+import hashlib
+import itertools
 import json
+import os
 import re
+import shutil
 import sys
-import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from data_pipeline import SIDE
+from data_pipeline.duplicates import DROPPED_FINDINGS_NAME, duplicates, equal_images, mark_duplicates
 from data_pipeline.errors import DataError
-from data_pipeline.jpeg import jpeg_problem
-from data_pipeline.output import new_folder, refuse_existing, write_file
-from data_pipeline.recordio import RecordWriter, encode_payload
-from data_pipeline.shard_set import FORMAT_VERSION, INDEX_NAME, MAX_CLASSES, SIDECAR_NAME, ShardInfo, Sidecar
+from data_pipeline.order import EpochOrder
+from data_pipeline.output import publish, refuse_existing, replace_file, write_file
+from data_pipeline.record_table import RECORD, write_table_header
+from data_pipeline.shard_set import FORMAT_VERSION, IDENTITIES_NAME, INDEX_NAME, SIDECAR_NAME, TABLE_NAME, ShardInfo, Sidecar
+from data_pipeline.shard_writer import Policy, ShardWriter, shard_name, shard_state
+from data_pipeline.sources import RecordSource, Source, open_source
+from data_pipeline.workers import choose_workers, run_to_end
 
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
-_OWNED = re.compile(rf"shard_\d{{5,}}\.rec|{re.escape(INDEX_NAME)}|{re.escape(SIDECAR_NAME)}")
+FINDINGS_NAME = "findings.jsonl"
+_OWNED = re.compile(
+    rf"shard_\d{{5,}}\.rec|{'|'.join(map(re.escape, (INDEX_NAME, SIDECAR_NAME, TABLE_NAME, IDENTITIES_NAME, FINDINGS_NAME)))}"
+    r"|quarantine\.jsonl"
+)
+_SHOWN = 3  # findings of each kind
+_BLOCK = 1 << 16  # records of the table in memory
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What ``pack`` made. ``findings``: how many of each kind. ``examples``: the first few of each; all are in ``findings.jsonl``."""
+
+    sidecar: Sidecar
+    findings: Counter[str]
+    examples: list[dict]
 
 
 def pack(
-    source: Path,
+    sources: Sequence[Path],
     out: Path,
     shards: int,
     *,
     seed: int = 0,
     identities: Sequence[str] | None = None,
+    policy: Policy = Policy(),
+    workers: int | None = None,
     force: bool = False,
     progress: bool = False,
-) -> Sidecar:
-    """Write the images of ``source`` as ``shards`` record files in the folder ``out``; returns the sidecar that lies beside them.
+) -> Packed:
+    """Write the images of ``sources`` as ``shards`` record files in the folder ``out``, with what describes them beside.
 
-    The label of an image is the position of its identity among the sorted names (of ``identities``, when given). All images are
-    shuffled with ``seed`` before they are cut into shards of equal counts (+-1): the same source and seed give the same bytes.
-    JPEG files are stored byte for byte; other formats are encoded once (quality 95, 4:4:4). One image is in memory at a time.
-    ``out`` appears when it is complete, or not at all (``output.new_folder``). ``progress`` draws a bar on stderr.
+    A source is a folder of images, ``<source>/<identity>/<image>``, or a set of records that ``shard_set.open_set`` opens. The label of
+    an image is the position of its identity among the sorted names (of ``identities``, when given), or the record's; those of a second
+    source begin where the first one's end. All images are shuffled with ``seed`` before they are cut into shards of equal counts (+-1,
+    before images are dropped): the same sources and seed give the same bytes. JPEG files are stored byte for byte; other formats are
+    encoded once (quality 95, 4:4:4).
+
+    ``workers`` processes (None: one per core, and one for a few images) write a shard each, with one image in memory at a time; what
+    there is per image lies in files. ``out`` appears when it is complete. A pack that was stopped leaves its finished shards in
+    ``.OUT.packing`` beside ``out``, and goes on from them when it is called again for the same sources, shards and seed; those of which
+    an image has changed meanwhile are written anew. ``progress`` draws bars on stderr.
 
     Raises DataError: no such source, an identity without an image or (listed) without a folder, an image that cannot be read or
-    is not 112 x 112, more shards than images, an ``out`` that exists (without ``force``).
+    is not 112 x 112 (without a ``policy`` for it), more shards than images, an ``out`` that exists (without ``force``).
     """
     refuse_existing(out, _OWNED, force)
-    names, files, labels = _list_images(source, identities, progress)
-    if not 1 <= shards <= len(files):
-        raise DataError(f"--shards {shards}: must lie in [1, {len(files)}], the number of images in {source}")
-    if len(names) > MAX_CLASSES:
-        raise DataError(f"{source}: {len(names)} identities; record labels are float32, which counts to {MAX_CLASSES}")
     if seed < 0:
-        raise DataError(f"--seed {seed}: must not be negative")
-    order = np.random.default_rng(seed).permutation(len(files))
-    infos, key, base = [], 0, 0
-    with new_folder(out, _OWNED, force=force) as folder, tqdm(total=len(files), unit="img", file=sys.stderr, disable=not progress) as bar:
-        for number, share in enumerate(np.array_split(order, shards)):
-            images = ((source / names[labels[i]] / files[i], int(labels[i])) for i in _counted(share, bar))
-            info, offsets = _write_shard(folder / f"shard_{number:05d}.rec", images, first_key=key)
-            write_file(folder / INDEX_NAME, "".join(f"{i}\t{base + at}\n" for i, at in enumerate(offsets, key)), append=True)
-            infos.append(info)
-            key, base = key + info.records, base + info.bytes
-        counts = np.bincount(labels, minlength=len(names)).tolist()
-        sidecar = Sidecar(FORMAT_VERSION, len(files), len(names), seed, names, counts, infos)
-        write_file(folder / SIDECAR_NAME, sidecar.to_json())
-    return sidecar
+        raise DataError(f"--seed {seed}: must be at least 0")
+    shown = ", ".join(map(str, sources))
+    with _work_folder(out) as folder:
+        source = open_source(sources, identities, folder, progress=progress)
+        if not 1 <= shards <= len(source):
+            raise DataError(f"--shards {shards}: must lie in [1, {len(source)}], the number of images in {shown}")
+        plan = {"format_version": FORMAT_VERSION, "sources": [str(path.resolve()) for path in sources], "digest": source.digest}
+        _go_on_or_begin(folder, plan | {"shards": shards, "seed": seed}, progress)
+        fresh = folder / "set"
+        write_file(fresh / IDENTITIES_NAME, json.dumps(source.identities(), indent=0))
+        workers = choose_workers(workers, len(source))
+        bar = partial(tqdm, unit="img", total=len(source), file=sys.stderr, disable=not progress, smoothing=0.05)
+        dropped = ""
+        if policy.duplicates == "drop":
+            with bar(desc="compare") as counted:
+                dropped = mark_duplicates(source, folder, workers, counted.update)
+        with bar(desc="pack") as counted:
+            run_to_end(ShardWriter(source, folder, shards, seed, policy, dropped), range(shards), workers, counted.update)
+        infos = [ShardInfo(**shard_state(folder, number)["info"]) for number in range(shards)]
+        if not any(info.records for info in infos):
+            raise DataError(f"{shown}: every image was dropped, nothing is left to pack; {folder}/*.jsonl name them")
+        _write_tables(folder, fresh, infos)
+        sidecar = _write_sidecar(fresh, infos, source.num_classes, seed)
+        noted = [*([DROPPED_FINDINGS_NAME] if dropped else []), *(f"{shard_name(number)}.jsonl" for number in range(shards))]
+        found = itertools.chain(_noted(folder, noted), _packed_duplicates(source, fresh, seed))
+        counts, examples = _write_findings(fresh / FINDINGS_NAME, found)
+        publish(fresh, out, _OWNED, force=force)
+        shutil.rmtree(folder)
+    return Packed(sidecar, counts, examples)
 
 
-def _counted(share: np.ndarray, bar: tqdm) -> Iterator[int]:
-    """The numbers in ``share``, each counted on ``bar`` when the next one is asked for."""
-    for i in share.tolist():
-        yield i
-        bar.update()
+def unfinished(out: Path) -> str | None:
+    """What a ``pack`` to ``out`` that was stopped left to go on from, in words; None: nothing."""
+    folder = _work_path(out)
+    done = [*folder.glob("shard_*.json"), *folder.glob("range_*.json")]
+    return f"the same command goes on from what is finished in {folder}; delete that folder if it is not to" if done else None
 
 
-def _write_shard(path: Path, images: Iterator[tuple[Path, int]], first_key: int) -> tuple[ShardInfo, list[int]]:
-    """Write (file, label) pairs as records; returns what the sidecar says of the shard, and the records' offsets in it."""
-    offsets, checksums = [], []
-    with RecordWriter(path) as writer:
-        for key, (file, label) in enumerate(images, first_key):
-            image, size = _load(file)
-            if size != (SIDE, SIDE):
-                raise _wrong_size(file, size, (other for other, _ in images))
-            payload = encode_payload(float(label), image, id=key)
-            offsets.append(writer.write_payload(key, payload))
-            checksums.append(f"{zlib.crc32(payload):08x}")
-    return ShardInfo(path.name, writer.position, len(offsets), "".join(checksums)), offsets
+def _work_path(out: Path) -> Path:
+    out = out.resolve()
+    return out.parent / f".{out.name}.packing"
 
 
-def _load(path: Path) -> tuple[bytes, tuple[int, int]]:
-    """The bytes to store and the (width, height) of an image file."""
-    data, problem = path.read_bytes(), None
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            size = image.size
-            if image.format in ("JPEG", "MPO"):
-                problem = jpeg_problem(data)
-            elif image.mode[0] in "IF":  # Pillow would clip them to white
-                problem = f"holds more than 8 bits per pixel and channel (mode {image.mode}), expected 8"
+@contextmanager
+def _work_folder(out: Path) -> Iterator[Path]:
+    """A folder beside ``out``, locked. When something stops us it stays, if there is something to go on from, and vanishes otherwise."""
+    folder = _work_path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"{out}: another process is packing it; wait for it, or end it first") from None
+        try:
+            yield folder
+        except BaseException:
+            if unfinished(out):
+                for part in folder.glob("*.part"):
+                    part.unlink()
             else:
-                encoded = io.BytesIO()
-                image.convert("RGB").save(encoded, "JPEG", quality=95, subsampling=0)
-                data = encoded.getvalue()
-    except Exception as error:  # Pillow's errors on damaged files share no narrower base class
-        raise DataError(f"{path}: cannot be read as an image ({error}); replace the file or take it out") from error
-    if problem:
-        raise DataError(f"{path}: {problem}; replace the file or take it out")
-    return data, size
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
-def _wrong_size(first: Path, size: tuple[int, int], others: Iterator[Path]) -> DataError:
-    """Name the first few images of a wrong size: the one found, and those among the next 2,000."""
-    wrong = [f"{first} is {size[0]}x{size[1]}"]
-    for path in islice(others, 2000):
-        size = _load(path)[1]
-        if size != (SIDE, SIDE):
-            wrong.append(f"{path} is {size[0]}x{size[1]}")
-        if len(wrong) == 5:
-            break
-    return DataError(f"images must be {SIDE}x{SIDE} pixels: {'; '.join(wrong)}. Align and crop the faces to {SIDE}x{SIDE} first")
+def _go_on_or_begin(folder: Path, plan: dict, progress: bool) -> None:
+    """Keep what was done for the same plan; of another one nothing."""
+    path, text, done = folder / "plan.json", json.dumps(plan), len(list(folder.glob("shard_*.json")))
+    if not path.exists() or path.read_text() != text:
+        if progress and done:
+            print(f"starting anew: the {done} finished shards are of other images, another seed or number of shards", file=sys.stderr)
+        for entry in folder.iterdir():
+            if entry.name == "set":
+                shutil.rmtree(entry)
+            elif entry.is_file() and entry.name != "lock":  # the folders are lists of the sources' images
+                entry.unlink()
+        (folder / "set").mkdir()
+        replace_file(path, text)
+    elif progress and done:
+        print(f"going on: {done} of {plan['shards']} shards are finished already", file=sys.stderr)
 
 
-def _list_images(source: Path, wanted: Sequence[str] | None, progress: bool) -> tuple[list[str], list[str], np.ndarray]:
-    """Identity names (sorted), file names, and the label of every file ([N] int32)."""
-    if not source.is_dir():
-        raise DataError(f"{source}: no such folder; expected one folder per identity in it")
-    if wanted is None:
-        names = sorted(entry.name for entry in source.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    else:
-        names = sorted(set(wanted))
-        missing = [name for name in names if not (source / name).is_dir()]
-        if missing:
-            raise DataError(f"{source}: {len(missing)} of {len(names)} listed identities have no folder here, the first: {missing[0]!r}")
-    files, labels, ignored, empty = [], [], [], []
-    for label, name in enumerate(tqdm(names, desc="list", unit="id", file=sys.stderr, disable=not progress)):
-        entries = sorted(entry.name for entry in (source / name).iterdir() if not entry.name.startswith("."))
-        images = [entry for entry in entries if Path(entry).suffix.lower() in _SUFFIXES]
-        ignored += [f"{name}/{entry}" for entry in entries if Path(entry).suffix.lower() not in _SUFFIXES]
-        if not images:
-            empty.append(name)
-        files += images
-        labels += [label] * len(images)
-    if not files:
-        raise DataError(f"{source}: no images; expected {source}/<identity>/<image>, with names in {', '.join(sorted(_SUFFIXES))}")
-    if empty:
-        raise DataError(f"{source}: {len(empty)} of {len(names)} identities have no image, the first: {empty[0]!r}; fill or delete them")
-    if ignored and progress:
-        print(f"ignored {len(ignored)} entries that are no images, the first: {source / ignored[0]}", file=sys.stderr)
-    return names, files, np.array(labels, np.int32)
+def _write_tables(folder: Path, fresh: Path, infos: Sequence[ShardInfo]) -> None:
+    """Join the shards' tables, and write the text index. Offsets are those in the shards' concatenation."""
+    base = 0
+    with open(fresh / TABLE_NAME, "wb") as table, open(fresh / INDEX_NAME, "w", encoding="ascii") as index:
+        write_table_header(table, sum(info.records for info in infos))
+        for number, info in enumerate(infos):
+            with open(folder / f"{shard_name(number)}.table", "rb") as part:
+                while len(records := np.fromfile(part, RECORD, _BLOCK)):
+                    records["offset"] += np.uint64(base)
+                    table.write(records.tobytes())
+                    index.writelines(f"{key}\t{at}\n" for key, at in zip(records["key"].tolist(), records["offset"].tolist(), strict=True))
+            base += info.bytes
+        for file in (table, index):
+            file.flush()
+            os.fsync(file.fileno())
 
 
-def read_identities(path: Path, split: str | None) -> list[str]:
-    """The names in a JSON file: a list, or with ``split`` one list of an object ``{split: [names]}``."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as JSON ({error})") from error
-    if isinstance(content, dict):
-        splits = ", ".join(map(str, content))
-        if split is None:
-            raise DataError(f"{path}: holds the splits {splits}; choose one with --split")
-        if split not in content:
-            raise DataError(f"{path}: no split {split!r}; it holds {splits}")
-        content = content[split]
-    elif split is not None:
-        raise DataError(f"{path}: holds one list, not splits; leave --split {split} out")
-    if not isinstance(content, list) or not content or not all(isinstance(name, str) and name for name in content):
-        raise DataError(f"{path}: expected a list of identity names, found {str(content)[:60]!r}")
-    if unsafe := [name for name in content if name == ".." or Path(name).name != name]:
-        raise DataError(f"{path}: {unsafe[0]!r} is no plain folder name")
-    return content
+def _noted(folder: Path, names: Sequence[str]) -> Iterator[dict]:
+    """The findings that were written while images were read."""
+    for name in names:
+        with open(folder / name, encoding="ascii") as lines:
+            yield from map(json.loads, lines)
+
+
+def _packed_duplicates(source: Source, fresh: Path, seed: int) -> Iterator[dict]:
+    """Images that are equal as stored."""
+    stored, order = RecordSource(fresh), EpochOrder(len(source), 1, seed)
+    for group in equal_images(stored.faces.records, stored.read_one):
+        numbers = sorted(order.images(0, stored.keys(np.array(group))).tolist())
+        yield from (finding for _, finding in duplicates(source, numbers))
+
+
+def _write_findings(path: Path, findings: Iterator[dict]) -> tuple[Counter[str], list[dict]]:
+    """A line for each; without any, no file. Returns how many there are of each kind, and the first few of each."""
+    counts, examples = Counter(), []
+    with open(path, "w", encoding="ascii") as file:
+        for finding in findings:
+            counts[finding["kind"]] += 1
+            if counts[finding["kind"]] <= _SHOWN:
+                examples.append(finding)
+            file.write(json.dumps(finding) + "\n")
+    if not counts:
+        path.unlink()
+    return counts, examples
+
+
+def _write_sidecar(fresh: Path, infos: list[ShardInfo], num_classes: int, seed: int) -> Sidecar:
+    sha256 = {}
+    for name in (TABLE_NAME, INDEX_NAME, IDENTITIES_NAME):
+        with open(fresh / name, "rb") as file:
+            sha256[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    sidecar = Sidecar(FORMAT_VERSION, sum(info.records for info in infos), num_classes, seed, infos, sha256)
+    write_file(fresh / SIDECAR_NAME, sidecar.to_json())
+    return sidecar

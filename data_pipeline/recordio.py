@@ -29,7 +29,9 @@ MAGIC = 0xCED7230A
 _MAGIC_BYTES = struct.pack("<I", MAGIC)
 _PART = struct.Struct("<II")
 _HEADER = struct.Struct("<IfQQ")
-_MAX_LENGTH = (1 << 29) - 1
+_LEAD = struct.Struct("<III")  # magic, length word, flag
+_BUFFER = 1 << 20
+MAX_LENGTH = (1 << 29) - 1
 WHOLE, FIRST, MIDDLE, LAST = 0, 1, 2, 3  # the continuation flag
 
 
@@ -74,7 +76,7 @@ class RecordWriter:
 
     def __init__(self, path: str | os.PathLike, index_path: str | os.PathLike | None = None, *, base: int = 0) -> None:
         self.path = Path(path)
-        self._file = open(self.path, "wb")  # noqa: SIM115 - closed by close()
+        self._file = open(self.path, "wb", buffering=_BUFFER)  # noqa: SIM115 - closed by close()
         self._index = None if index_path is None else open(index_path, "w", encoding="ascii")  # noqa: SIM115
         self._base = base
         self.position = 0  # bytes written so far
@@ -85,29 +87,36 @@ class RecordWriter:
 
     def write_payload(self, key: int, payload: bytes) -> int:
         """Append one encoded record; returns its offset in this file."""
-        if len(payload) > _MAX_LENGTH:
-            raise DataError(f"{self.path}: record {key}: {len(payload)} bytes, the format ends at {_MAX_LENGTH}")
+        if len(payload) > MAX_LENGTH:
+            raise DataError(f"{self.path}: record {key}: {len(payload)} bytes, the format ends at {MAX_LENGTH}")
         cuts = _aligned_magic(payload)
         if cuts and cuts[0] < _HEADER.size:
             raise DataError(f"{self.path}: record {key}: the format's magic number stands in its label or id, which DALI cannot read")
-        offset, starts, stops = self.position, [0, *(cut + 4 for cut in cuts)], [*cuts, len(payload)]
-        for i, (start, stop) in enumerate(zip(starts, stops, strict=True)):
-            cflag = WHOLE if not cuts else FIRST if i == 0 else LAST if i == len(cuts) else MIDDLE
-            length = stop - start
-            part = _PART.pack(MAGIC, cflag << 29 | length) + payload[start:stop] + bytes(-length % 4)
-            self._file.write(part)
-            self.position += len(part)
+        offset = self.position
+        if not cuts:
+            self._write_part(WHOLE, payload)
+        else:
+            bodies = [payload[start:stop] for start, stop in zip([0, *(cut + 4 for cut in cuts)], [*cuts, len(payload)], strict=True)]
+            for body, cflag in zip(bodies, (FIRST, *[MIDDLE] * (len(cuts) - 1), LAST), strict=True):
+                self._write_part(cflag, body)
         if self._index is not None:
             self._index.write(f"{key}\t{self._base + offset}\n")
         return offset
+
+    def _write_part(self, cflag: int, body: bytes) -> None:
+        padding = -len(body) % 4
+        self._file.write(_PART.pack(MAGIC, cflag << 29 | len(body)))
+        self._file.write(body)
+        self._file.write(bytes(padding))
+        self.position += _PART.size + len(body) + padding
 
     def close(self) -> None:
         """Write everything to the disk (fsync) and close; closing twice is fine."""
         for file in (self._file, self._index):
             if file is not None and not file.closed:
-                file.flush()
-                os.fsync(file.fileno())
-                file.close()
+                with file:  # closes it even when the disk is full
+                    file.flush()
+                    os.fsync(file.fileno())
 
     def __enter__(self) -> "RecordWriter":
         return self
@@ -118,12 +127,8 @@ class RecordWriter:
 
 def _aligned_magic(payload: bytes) -> list[int]:
     """Offsets in ``payload``, multiples of 4, where the magic bytes stand."""
-    cuts, at = [], payload.find(_MAGIC_BYTES)
-    while at >= 0:
-        if at % 4 == 0:
-            cuts.append(at)
-        at = payload.find(_MAGIC_BYTES, at + 1)
-    return cuts
+    found = np.frombuffer(payload, "<u4", len(payload) // 4) == MAGIC
+    return (4 * np.flatnonzero(found)).tolist() if np.count_nonzero(found) else []
 
 
 class RecordReader:
@@ -171,6 +176,20 @@ class RecordReader:
             expected = (MIDDLE, LAST)
         return _decode(_MAGIC_BYTES.join(bodies), where, key, offset, at)
 
+    def read_bytes(self, offset: int, length: int) -> bytes:
+        """What stands there; less where the file ends."""
+        return os.pread(self._file.fileno(), length, offset)
+
+    def read_image(self, offset: int, key: int, length: int) -> bytes:
+        """The image of the record at ``offset``, known to be ``length`` bytes long in the file. As by ``read_at``, in less time."""
+        data = self.read_bytes(offset, length)
+        if len(data) == length >= _LEAD.size:
+            magic, word, flag = _LEAD.unpack_from(data)
+            start, end = _PART.size + _HEADER.size + 4 * flag, _PART.size + (word & MAX_LENGTH)
+            if magic == MAGIC and word >> 29 == WHOLE and start <= end <= length:
+                return data[start:end]
+        return self.read_at(offset, key).image  # in several parts, or damaged
+
     def _read_part(self, at: int, where: str) -> tuple[int, bytes]:
         if not 0 <= at < self.size:
             raise DataError(f"{where}: nothing at byte {at}, the file ends at {self.size}; it is cut short, or the index is another file's")
@@ -184,7 +203,7 @@ class RecordReader:
                 f"{where}: magic number 0x{magic:08x} at byte {at}, expected 0x{MAGIC:08x}: "
                 "the index is another file's, or the file is damaged"
             )
-        cflag, length = word >> 29, word & _MAX_LENGTH
+        cflag, length = word >> 29, word & MAX_LENGTH
         body = self._file.read(length)
         if len(body) < length:
             raise DataError(f"{where}: cut short, {len(body)} of {length} bytes of the part at byte {at}; copy the file again")
@@ -203,22 +222,38 @@ def _decode(payload: bytes, where: str, key: int | None, offset: int, end: int) 
 
 def read_index(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
     """Keys and offsets, [N] int64 each, in the order of the lines. DALI would end at the first bad line in silence; this raises."""
-    path = Path(path)
+    keys, offsets = zip(*index_blocks(path), strict=True)
+    return np.concatenate(keys), np.concatenate(offsets)
+
+
+def index_blocks(path: str | os.PathLike, size: int = 1 << 24) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """What ``read_index`` returns, in pieces of about ``size`` bytes of text."""
+    path, number, empty = Path(path), 1, True
     try:
-        text = path.read_text(encoding="ascii", errors="replace").strip()
+        with open(path, "rb") as file:
+            while lines := file.read(size) + file.readline():
+                if lines.strip():
+                    empty = False
+                    yield _index_columns(path, lines, number)
+                number += lines.count(b"\n")
     except OSError as error:
         raise DataError(f"{path}: cannot read the index: {error.strerror}") from error
-    if not text:
+    if empty:
         raise DataError(f"{path}: the index is empty; make it again (DALI's `rec2idx FILE.rec FILE.idx` does)")
+
+
+def _index_columns(path: Path, lines: bytes, first: int) -> tuple[np.ndarray, np.ndarray]:
+    """``first``: the number of the first line, for errors."""
+    text = lines.decode("ascii", errors="replace")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", DeprecationWarning)  # how numpy reports text that is no number
             flat = np.fromstring(text, np.int64, sep=" ")
-        sound = flat.size == 2 * (text.count("\n") + 1) and bool((flat >= 0).all())
+        sound = flat.size == 2 * (text.strip().count("\n") + 1) and bool((flat >= 0).all())
     except (ValueError, DeprecationWarning):
         sound = False
     if not sound:
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in enumerate(text.splitlines(), first):
             fields = line.split()
             if len(fields) != 2 or not all(field.isdecimal() for field in fields):
                 raise DataError(f"{path}: line {number}: expected `key<TAB>offset`, two whole numbers, found {line[:60]!r}")
@@ -228,10 +263,11 @@ def read_index(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class Headers:
-    """What the first bytes of N records say: ``labels`` [N] float32 (the first of each), ``is_image`` [N] bool."""
+    """What the first bytes of N records say."""
 
-    labels: np.ndarray
-    is_image: np.ndarray
+    labels: np.ndarray  # [N] float32, the first of each
+    is_image: np.ndarray  # [N] bool
+    lengths: np.ndarray  # [N] int64, bytes in the file, framing and padding (which a last record may lack) included
 
 
 def read_headers(path: str | os.PathLike, keys: np.ndarray, offsets: np.ndarray, chunk: int = 1 << 16) -> Headers:
@@ -240,7 +276,7 @@ def read_headers(path: str | os.PathLike, keys: np.ndarray, offsets: np.ndarray,
     Reads no image. A record that does not parse raises the same ``DataError`` as ``RecordReader``.
     """
     reader = RecordReader(path)
-    labels, is_image = np.empty(len(offsets), np.float32), np.empty(len(offsets), bool)
+    labels, is_image, lengths = (np.empty(len(offsets), dtype) for dtype in (np.float32, bool, np.int64))
     if not reader.size:
         raise DataError(f"{path}: the file is empty")
     data = np.memmap(path, np.uint8, mode="r")
@@ -252,12 +288,13 @@ def read_headers(path: str | os.PathLike, keys: np.ndarray, offsets: np.ndarray,
         rows = data[np.minimum(safe[:, None] + np.arange(lead + 4), reader.size - 1)]
         magic, word, flag = (np.ascontiguousarray(rows[:, i : i + 4]).view("<u4")[:, 0] for i in (0, 4, 8))
         single, first = (np.ascontiguousarray(rows[:, i : i + 4]).view("<f4")[:, 0] for i in (12, 32))
-        length, label_bytes = (word & _MAX_LENGTH).astype(np.int64), 4 * flag.astype(np.int64)
+        length, label_bytes = (word & MAX_LENGTH).astype(np.int64), 4 * flag.astype(np.int64)
         labels[some] = np.where(flag == 0, single, first)
         is_image[some] = (flag == 0) | (length > _HEADER.size + label_bytes)
+        lengths[some] = _PART.size + length + -length % 4
         plain = (safe == at) & (magic == MAGIC) & (word >> 29 == WHOLE) & (length >= _HEADER.size + label_bytes)
         plain &= at + _PART.size + length <= reader.size
         for i in np.flatnonzero(~plain):
             record = reader.read_at(int(at[i]), int(keys[some][i]))
-            labels[start + i], is_image[start + i] = record.labels[0], record.is_image
-    return Headers(labels, is_image)
+            labels[start + i], is_image[start + i], lengths[start + i] = record.labels[0], record.is_image, record.end - record.offset
+    return Headers(labels, is_image, np.minimum(lengths, reader.size - offsets))

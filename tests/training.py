@@ -35,7 +35,7 @@ def free_port() -> int:
 def packed_faces(folder: Path) -> Path:
     """96 synthetic images of 48 identities in 2 shards: a batch meets fewer than half of them, so a sample of half has negatives."""
     write_synthetic(folder / "faces", IDENTITIES, IMAGES, seed=0)
-    pack(folder / "faces", folder / "shards", 2)
+    pack([folder / "faces"], folder / "shards", 2)
     return folder / "shards"
 
 

@@ -12,7 +12,9 @@ from typing import TextIO
 import numpy as np
 import torch
 
-from data_pipeline.loader import Augment, FaceLoader
+from data_pipeline.augment import Augment
+from data_pipeline.graph import Decode
+from data_pipeline.loader import FaceLoader
 from eval.pairs_file import find_pairs
 from model.partial_fc import PartialFC
 from model.vit import build_vit
@@ -159,19 +161,28 @@ def _open_data_at(cfg: RunConfig, ranks: Ranks, saved: Saved) -> FaceLoader:
     return _open_data(cfg, ranks, stage, saved.rank_state["loader"])
 
 
-def _open_data(cfg: RunConfig, ranks: Ranks, stage: int, state: dict | None = None) -> FaceLoader:
-    """What stage ``stage`` reads: the data from their beginning, or from ``state`` on. Stages of one batch size in a row share a loader."""
-    sizes = [cfg.stage_batch(index).micro_batch_size for index in range(stage + 1)]
+def _open_data(
+    cfg: RunConfig, ranks: Ranks, stage: int, state: dict | None = None, bad_records: dict[int, str] | None = None
+) -> FaceLoader:
+    """What stage ``stage`` reads: the data from their beginning, or from ``state`` on. Stages of equal batches in a row share a loader."""
+    batches = [cfg.stage_batch(index) for index in range(stage + 1)]
+    sizes = [(batch.micro_batch_size, batch.images_per_step(ranks.world_size)) for batch in batches]
     first = next(index for index in range(stage, -1, -1) if index == 0 or sizes[index - 1] != sizes[stage])
+    micro_batch_size, global_batch_size = sizes[stage]
     return FaceLoader(
         cfg.data.path,
-        sizes[stage],
+        micro_batch_size,
+        global_batch_size=global_batch_size,
         rank=ranks.rank,
         world_size=ranks.world_size,
+        backend=cfg.data.backend,
         device_id=ranks.device_id,
         seed=cfg.seed if first == 0 else int(np.random.SeedSequence([cfg.seed, first]).generate_state(1)[0]),  # another order each time
         num_threads=cfg.data.num_threads,
         augment=Augment(**cfg.data.augment.model_dump()),
+        decode=Decode(**cfg.data.decode.model_dump()),
+        max_bad_records=cfg.data.max_bad_records,
+        bad_records=bad_records,
         min_images_per_identity=cfg.data.min_images_per_identity,
         expected_images=cfg.data.num_images,
         expected_classes=cfg.data.num_classes,

@@ -123,23 +123,40 @@ class HeadConfig(Section):
 
 
 class AugmentConfig(Section):
-    """Training augmentation; the fields of data_pipeline.loader.Augment."""
+    """Training augmentation; the fields of data_pipeline.augment.Augment."""
 
-    flip: Probability = 0.5  # probability of a mirror image
+    downscale: Probability = 0.0  # probability of shrinking to 56 to 89 pixels and back
+    blur: Probability = 0.0  # probability of a Gaussian blur over 3 or 5 pixels
+    color: Probability = 0.0  # probability of another hue (up to 20 degrees) and saturation (1 to 1.2)
+    gray: Probability = 0.0  # probability of no color
+    brightness: Probability = 0.0  # factor, uniform in 1 +- brightness
     shift_px: Annotated[int, Field(ge=0, le=56)] = 0  # translation, uniform in +-shift_px
-    brightness: Fraction = 0.0  # factor, uniform in 1 +- brightness
+    erase: Probability = 0.0  # probability of a grey rectangle of 2 to 20 % of the image
+    flip: Probability = 0.5  # probability of a mirror image
+
+
+class DecodeConfig(Section):
+    """Where JPEGs are decoded in a run on GPUs; the fields of data_pipeline.graph.Decode."""
+
+    device: Literal["mixed", "cpu"] = "mixed"  # mixed: on the GPU; cpu: there, and only normalised on the GPU
+    hw_load: Probability = 0.9  # share of a batch for the GPU's JPEG unit, where it has one; mixed alone
 
 
 class DataConfig(Section):
     """The training records."""
 
     path: Path  # folder of record shards, relative to the working directory
+    # table: every epoch a new order of all images, the same on any number of ranks. reader: DALI's record reader, which reads
+    # sequentially and shuffles within a buffer.
+    backend: Literal["table", "reader"] = "table"
+    max_bad_records: NonNegativeInt = 100  # more damaged records on one rank stop the run; until then another image takes the place of each
     num_threads: PositiveInt = 2  # decoding threads per rank
     min_images_per_identity: PositiveInt = 1  # smaller identities are left out
     # What the data must hold after that; null: whatever it does. With them `train plan` needs no data.
     num_images: PositiveInt | None = None
     num_classes: PositiveInt | None = None
     augment: AugmentConfig = AugmentConfig()
+    decode: DecodeConfig = DecodeConfig()
 
 
 class BatchConfig(Section):
@@ -292,13 +309,14 @@ class RunConfig(Section):
 
         Left out: where things lie (output, data.path: the loader's fingerprint tells data sets apart), how a run is watched, guarded, saved
         and evaluated (resume, guard, metrics, checkpoint, eval), what is only checked (data.num_images, data.num_classes), and what changes
-        speed alone (data.num_threads, model.activation_checkpointing). A run that a guard stopped may thus go on with another one.
+        speed alone (data.num_threads, model.activation_checkpointing) or when a run gives up (data.max_bad_records). A run that a guard
+        stopped may thus go on with another one.
         """
         return self.model_dump(
             mode="json",
             exclude={
                 **dict.fromkeys(("output", "resume", "guard", "metrics", "checkpoint", "eval"), True),
-                "data": {"path", "num_threads", "num_images", "num_classes"},
+                "data": {"path", "num_threads", "num_images", "num_classes", "max_bad_records"},
                 "model": {"activation_checkpointing"},
             },
         )

@@ -79,6 +79,7 @@ TABLE = (
     MetricSpec("lvface_gradient_norm", "gauge", "1", "L2 norm of the backbone's gradient before clipping", "gradient_norm"),
     MetricSpec("lvface_head_gradient_norm", "gauge", "1", "L2 norm of the class centers' gradient over all shards", "head_gradient_norm"),
     MetricSpec("lvface_loss_scale", "gauge", "1", "Factor on the loss under fp16; 1 in other precisions", "loss_scale"),
+    MetricSpec("lvface_bad_records", "gauge", "records", "Damaged records that this rank has met and replaced by others", "bad_records"),
     MetricSpec("lvface_images_per_second", "gauge", "images/s", "Throughput of all ranks in the last log window", "images_per_second"),
     MetricSpec(
         "lvface_step_seconds",
@@ -127,6 +128,7 @@ class StepRecord:
     gradient_norm: float
     head_gradient_norm: float
     loss_scale: float
+    bad_records: int  # of this rank, since the start of the run
     images: int  # in this window, all ranks together
     steps: int  # in this window, skipped ones included
     skipped_steps: int  # in this window

@@ -88,10 +88,9 @@ class Comparison:
 
 
 def plan_run(cfg: RunConfig, num_images: int, world_size: int) -> Plan:
-    """The run in optimizer steps. A stage of E epochs takes ``E * micro_batches_per_epoch // grad_accum_steps`` of them, where
-    ``micro_batches_per_epoch = (num_images // world_size) // micro_batch_size``.
+    """The run in optimizer steps, of which an epoch has ``num_images // global_batch_size``.
 
-    Raises: ConfigError if a global batch cannot be shared by the ranks, a stage does not fill a step, or a warm-up is too long.
+    Raises: ConfigError if a global batch cannot be shared by the ranks, the images do not fill one, or a warm-up is too long.
     """
     stages, _ = plan_stages(cfg, num_images, world_size)
     planned = tuple(

@@ -28,7 +28,7 @@ def announce(run: Run, ds_config: dict, summary: DeepSpeedSummary) -> None:
     )
     ranks.say(
         f"{batches.num_images:,} images of {batches.num_classes:,} identities in {cfg.data.path}; global batch "
-        f"{run.stages.stage.images_per_step:,}; {run.stages.total_steps:,} steps, {batches.steps_per_epoch:,} micro-batches an epoch"
+        f"{run.stages.stage.images_per_step:,}; {run.stages.total_steps:,} steps, {run.stages.stage.steps_per_epoch:,} an epoch"
     )
     if run.metrics.port:
         ranks.say("metrics at " + ", ".join(f"http://{cfg.metrics.host}:{port}/metrics" for port in ports))

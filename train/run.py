@@ -75,7 +75,7 @@ class Run:
     cfg: RunConfig
     ranks: Ranks
     batches: FaceLoader
-    open_batches: Callable[[int], FaceLoader]  # for a stage, from its first image on
+    open_batches: Callable[..., FaceLoader]  # (stage, bad_records=those known already): from its first image on
     engine: object  # deepspeed.DeepSpeedEngine
     ema: BackboneEma | None  # the mean of the backbone's weights, with model.ema_decay
     head: PartialFC
@@ -99,8 +99,8 @@ class Run:
         self.head.set_stage(config.sample_rate, config.centers, config.update_expectation, margin, curricular)
         self.guard.enter_stage(stage.name)
         set_batch(self.engine, stage.micro_batch_size, stage.grad_accum_steps)
-        if self.batches.batch_size != stage.micro_batch_size:
-            self.batches = self.ranks.together(lambda: self.open_batches(stage.index))
+        if (self.batches.batch_size, self.batches.global_batch_size) != (stage.micro_batch_size, stage.images_per_step):
+            self.batches = self.ranks.together(lambda: self.open_batches(stage.index, bad_records=self.batches.bad_records))
         self.ranks.say(stage_line(stage, self.stages.start, self.stages.stop))
 
     def stage_is_over(self) -> bool:
@@ -148,6 +148,7 @@ class Run:
             gradient_norm=gradient_norm,
             head_gradient_norm=float(window.head_gradient_norm),
             loss_scale=loss_scale(self.engine),
+            bad_records=len(self.batches.bad_records),
             images=images,
             steps=window.steps,
             skipped_steps=window.skipped,

@@ -34,7 +34,7 @@ class Curve:
         return self.final_lr + (self.lr - self.final_lr) * (1 - progress) ** self.power
 
 
-def build_curve(config: ScheduleConfig, lr: float, *, batch: int, steps_per_epoch: float, length: int) -> Curve:
+def build_curve(config: ScheduleConfig, lr: float, *, batch: int, steps_per_epoch: int, length: int) -> Curve:
     """The curve of a recipe.
 
     Args:

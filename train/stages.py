@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_pipeline.loader import batches_per_epoch
 from train.config import ConfigError, MarginSection, RunConfig, ScheduleConfig, StageConfig, UntilConfig
 from train.schedule import Curve, build_curve
 
@@ -24,7 +23,7 @@ class Stage:
     micro_batch_size: int
     grad_accum_steps: int
     images_per_step: int  # the global batch
-    steps_per_epoch: float  # optimizer steps
+    steps_per_epoch: int  # optimizer steps
     steps: int  # optimizer steps that it takes if no stage ends before its time
 
     @property
@@ -35,31 +34,26 @@ class Stage:
 def plan_stages(cfg: RunConfig, num_images: int, world_size: int) -> tuple[list[Stage], Curve | None]:
     """The stages in optimizer steps, now that data and ranks are known, and the learning rate of those without their own (None: all have).
 
-    A stage of E epochs takes ``E * micro_batches_per_epoch // grad_accum_steps`` optimizer steps.
+    An epoch is ``num_images // global_batch_size`` optimizer steps, whatever the number of ranks.
 
-    Raises: ConfigError if a global batch cannot be shared, a stage does not fill one step, the data do not fill a batch, a warm-up is
-        longer than its curve, or a threshold would never be looked at.
+    Raises: ConfigError if a global batch cannot be shared, the data do not fill one, a warm-up is longer than its curve, or
+        a threshold would never be looked at.
     """
     stages = []
     for index, config in enumerate(cfg.stages):
         batch, key = cfg.stage_batch(index), f"stages.{index}.batch" if config.batch else "batch"
-        accumulation, per_epoch = batch.accumulation(world_size, key), batches_per_epoch(num_images, world_size, batch.micro_batch_size)
+        accumulation, images = batch.accumulation(world_size, key), batch.images_per_step(world_size)
+        per_epoch = num_images // images
         if not per_epoch:
             raise ConfigError(
-                f"stages.{index}: {num_images} images do not fill one batch of micro_batch_size {batch.micro_batch_size} on each of "
-                f"{world_size} ranks; use a smaller {key}.micro_batch_size"
+                f"stages.{index}: {num_images} images do not fill one global batch of {images} ({batch.micro_batch_size} x {accumulation} "
+                f"on each of {world_size} ranks); use a smaller {key}.micro_batch_size or accumulation"
             )
-        steps = config.steps if config.steps is not None else config.epochs * per_epoch // accumulation
-        if steps < 1:
-            raise ConfigError(
-                f"stages.{index}.epochs: {config.epochs} epochs of {per_epoch} micro-batches per rank do not fill one "
-                f"step of {accumulation} of them ({key})"
-            )
+        steps = config.steps if config.steps is not None else config.epochs * per_epoch
         if config.until and config.until.check_every >= steps:
             raise ConfigError(f"stages.{index}.until.check_every: {config.until.check_every} steps, but the stage ends after {steps}")
-        images = batch.images_per_step(world_size)
         margin = cfg.stage_margin(index)
-        stages.append(Stage(index, config, margin, batch.micro_batch_size, accumulation, images, per_epoch / accumulation, steps))
+        stages.append(Stage(index, config, margin, batch.micro_batch_size, accumulation, images, per_epoch, steps))
     for stage in stages:
         _own_curve(stage, stage.steps)
     sharing = [stage for stage in stages if stage.config.schedule is None]

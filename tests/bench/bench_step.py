@@ -51,7 +51,7 @@ def main() -> int:
 
 def synthetic_shards(folder: Path) -> Path:
     write_synthetic(folder / "faces", IDENTITIES, IMAGES, seed=0)
-    pack(folder / "faces", folder / "shards", 2)
+    pack([folder / "faces"], folder / "shards", 2)
     return folder / "shards"
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from data_pipeline.loader import Augment, FaceLoader
+from data_pipeline.augment import Augment
+from data_pipeline.loader import FaceLoader
 from data_pipeline.pack import pack
 from data_pipeline.recordio import RecordReader
 from model.partial_fc import PartialFC
@@ -111,7 +112,7 @@ def folder(tmp_path_factory):
     """64 images of 16 identities in 2 shards."""
     root = tmp_path_factory.mktemp("guard")
     image_folder(root / "src", {f"{i:02d}": 4 for i in range(16)})
-    pack(root / "src", root / "set", 2)
+    pack([root / "src"], root / "set", 2)
     return root
 
 

@@ -1,6 +1,7 @@
 """Bad input to the command line: one clear error that names what is wrong, exit code not 0 on every rank, nothing written or lost."""
 
 import json
+import re
 import socket
 import struct
 
@@ -77,11 +78,11 @@ def test_more_ranks_than_batches_is_refused_with_the_numbers(recipe):
     result = launch(recipe, "batch.micro_batch_size=64", ranks=2)
     assert result.returncode != 0
     (error,) = errors(result)
-    assert "num_images=96 is less than world_size=2 x batch_size=64" in error
+    assert "num_images=96 is less than one global batch of 256 (world_size=2, batch_size=64)" in error
 
 
-def test_a_label_outside_the_classes_stops_every_rank_and_loses_no_checkpoint(shards, recipe, tmp_path):
-    """A killed run meets damaged labels when it goes on, and goes on once more when they are mended."""
+def test_more_damaged_records_than_allowed_stop_every_rank_and_lose_no_checkpoint(shards, recipe, tmp_path):
+    """A killed run meets damaged labels when it goes on. It stops, goes on with others in their place when that is allowed, and ends."""
     checkpoints = tmp_path / "run" / "checkpoints"
     with pytest.raises(AssertionError):
         run_ranks(2, train_on_rank, recipe, "zero1_fp32.json", (), (0, 5))
@@ -89,17 +90,21 @@ def test_a_label_outside_the_classes_stops_every_rank_and_loses_no_checkpoint(sh
     faces = open_set(shards)
     sound = faces.shards[0].read_bytes()
     damaged = bytearray(sound)
-    for offset in map(int, faces.offsets[:8]):  # of the first shard; both ranks' shares of an epoch come from here
+    for offset in faces.records["offset"][:8].tolist():  # of the first shard
         damaged[offset + 12 : offset + 16] = struct.pack("<f", 77.0)  # the label stands after magic, length and flag
     try:
         faces.shards[0].write_bytes(damaged)
+        refused = launch(recipe, "data.max_bad_records=1", ranks=2)
+        assert (checkpoints / "latest").read_text() >= "step_00000004\n"
         result = launch(recipe, ranks=2)
     finally:
         faces.shards[0].write_bytes(sound)
-    assert result.returncode != 0
-    assert f"label 77, expected a whole number in [0, {IDENTITIES})" in errors(result)[0]
-    assert (checkpoints / "latest").read_text() >= "step_00000004\n"
-    assert launch(recipe, ranks=2).returncode == 0
+    assert refused.returncode != 0
+    assert re.search(r"label 77, the set's table says \d+; that is bad record number 2 of this rank.*allows 1", errors(refused)[0])
+    assert result.returncode == 0
+    named = re.findall(r"rank (\d): \S+shard_00000\.rec: record at offset \d+ \(key \d+\): label 77, .*; another", result.stderr)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["bad_records"] == named.count("0") > 0
     assert len(losses(tmp_path / "run")) == 8
 
 
@@ -122,7 +127,7 @@ def packed_faces_of(identities, folder):
     from data_pipeline.synthetic import write_synthetic
 
     write_synthetic(folder / "other-faces", identities, 9, seed=0)
-    pack(folder / "other-faces", folder / "other", 2)
+    pack([folder / "other-faces"], folder / "other", 2)
     return folder / "other"
 
 

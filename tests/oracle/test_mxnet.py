@@ -203,7 +203,7 @@ def test_im2recs_records_of_several_labels_are_read_and_the_first_is_the_class(t
 
 def test_mxnet_reads_a_packed_set(tmp_path, mxnet):
     source, out = image_folder(tmp_path / "faces", {"a": 3, "b": 2, "c": 5, "d": 1}), tmp_path / "packed"
-    pack(source, out, 3, seed=4)
+    pack([source], out, 3, seed=4)
     lines = [tuple(map(int, line.split("\t"))) for line in (out / "shards.idx").read_text().splitlines()]
     in_order, by_offset, start = [], [], 0
     for shard in sorted(out.glob("shard_*.rec")):

@@ -20,6 +20,11 @@ def jpeg(colour: tuple[int, int, int] = (90, 120, 150), side: int = 112, mark: i
     return file.getvalue()
 
 
+def commented(image: bytes, comment: bytes) -> bytes:
+    """A JPEG with a comment segment right at its start: the same picture, other bytes."""
+    return image[:2] + b"\xff\xfe" + struct.pack(">H", len(comment) + 2) + comment + image[2:]
+
+
 def colour_of(label: int) -> tuple[int, int, int]:
     """Encodes a label below 64 in four steps per channel, which JPEG keeps apart."""
     return tuple(40 + 60 * (label // 4**channel % 4) for channel in range(3))

@@ -22,7 +22,8 @@ def record(**changes) -> StepRecord:
     values = {
         "step": 20, "epoch": 1.5, "stage": 1, "stage_name": "stable", "sample_rate": 0.5, "loss": 3.25, "target_cosine": 0.4,
         "target_cosine_square": 0.2,
-        "learning_rate": 1e-3, "gradient_norm": 2.0, "head_gradient_norm": 0.5, "loss_scale": 1.0, "images": 640, "steps": 10,
+        "learning_rate": 1e-3, "gradient_norm": 2.0, "head_gradient_norm": 0.5, "loss_scale": 1.0, "bad_records": 2,
+        "images": 640, "steps": 10,
         "skipped_steps": 1, "images_per_second": 100.0, "step_seconds": {phase: 0.25 for phase in PHASES}, "eta_seconds": 60.0,
         "target_cosine_smoothed": 0.3, "expectation_cosine": 0.5, "expectation_classes": 9.0, "center_expectation_cosine": 0.8,
         "expectation_drift": 0.01, "curricular_t": 0.2, "uniface_bias": 7.0, "norm_mean": 20.0, "norm_std": 3.0,

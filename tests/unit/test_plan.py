@@ -13,9 +13,8 @@ from train.plan import compare, count_images, main, plan_run, written_for
 
 ROOT = Path(__file__).resolve().parents[2]
 WEBFACE = 42_474_557
-# (42,474,557 // 64) // 384 = 1,728 and (42,474,557 // 8) // 384 = 13,826 micro-batches per rank and epoch.
+# 42,474,557 // (64 x 384) = 1,728 and 42,474,557 // (8 x 384) = 13,826 steps an epoch.
 AT_64 = {"early": 40 * 1_728, "stable": 60 * 1_728}
-ACCUMULATED_AT_8 = {"early": 40 * 13_826 // 8, "stable": 60 * 13_826 // 8}
 AT_8 = {"early": 40 * 13_826, "stable": 60 * 13_826}
 
 
@@ -60,8 +59,8 @@ def test_on_fewer_ranks_the_recipe_s_global_batch_is_kept_by_accumulating():
     kept = compare(recipe(), WEBFACE, 8, 64).global_batch
     assert kept.overrides == ()
     assert [(stage.grad_accum_steps, stage.global_batch_size) for stage in kept.plan.stages] == [(8, 24_576)] * 2
-    assert steps(kept.plan) == ACCUMULATED_AT_8 == {"early": 69_130, "stable": 103_695}
-    assert (kept.plan.curves[0].lr, kept.plan.curves[0].warmup_steps) == (1e-3, 6_913)  # 4 x 13,826 / 8
+    assert steps(kept.plan) == AT_64 == {"early": 69_120, "stable": 103_680}
+    assert (kept.plan.curves[0].lr, kept.plan.curves[0].warmup_steps) == (1e-3, 6_912)  # 4 x 1,728
 
 
 def test_a_kept_accumulation_divides_the_batch_multiplies_the_steps_and_scales_the_learning_rate_by_rule():
@@ -161,7 +160,7 @@ def test_the_command_prints_both_ways_and_writes_them_as_json(tmp_path, capsys):
     assert plan("lvface_v1", "--world-size", "8", "--json", str(tmp_path / "plan.json")) == 0
     text = capsys.readouterr().out
     assert "ZeRO 1, bf16" in text
-    assert "69,130" in text
+    assert "69,120" in text
     assert "\nA  nothing to add: the recipe as it is\n" in text
     assert "\nB  batch.global_batch_size=3072 optimizer.lr=0.000353553\n" in text
     assert "\nC  batch.global_batch_size=3072 optimizer.lr=0.000125\n" in text
@@ -169,7 +168,7 @@ def test_the_command_prints_both_ways_and_writes_them_as_json(tmp_path, capsys):
     assert "arXiv:2205.10287" in text
     assert "24,576 as written and 3,072 on\n8 ranks" in text  # images in the head's loss
     said = json.loads((tmp_path / "plan.json").read_text())
-    assert (said["total_steps"], said["zero_stage"], said["stages"][0]["steps"]) == (172_825, 1, 69_130)
+    assert (said["total_steps"], said["zero_stage"], said["stages"][0]["steps"]) == (172_800, 1, 69_120)
     assert said["comparison"]["linear"]["plan"]["total_steps"] == 1_382_600
 
 
@@ -190,7 +189,7 @@ def test_the_command_compares_with_nothing_where_there_is_nothing_to_compare(cap
         (["lvface_v1", "--world-size", "7"], "batch.global_batch_size: 24576 is no multiple of micro_batch_size x world_size = 384 x 7"),
         (["lvface_v1", "--world-size", "8", "head.sclae=1"], "head.sclae: unknown key; did you mean scale? (command line)"),
         (["demo", "--world-size", "2", "data.path=none"], "none: expected a folder with a set of shards or a .rec file, found nothing"),
-        (["demo", "--world-size", "2", "data.num_images=100"], "stages.0: 100 images do not fill one batch"),
+        (["demo", "--world-size", "2", "data.num_images=100"], "stages.0: 100 images do not fill one global batch"),
     ],
 )
 def test_what_is_wrong_is_one_line(capsys, arguments, expected):

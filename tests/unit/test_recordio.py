@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import DataError
-from data_pipeline.recordio import RecordReader, RecordWriter, encode_payload, read_headers, read_index
+from data_pipeline.recordio import RecordReader, RecordWriter, encode_payload, index_blocks, read_headers, read_index
 from tests.unit.record_sets import MAGIC, field_records, framed, jpeg, payload, write_records
 
 
@@ -62,8 +62,10 @@ def test_images_full_of_magic_round_trip_at_every_alignment(tmp_path):
         for key, image in enumerate(images):
             writer.write(key, float(key), image)
     assert [record.image for record in RecordReader(tmp_path / "a.rec")] == images
-    headers = read_headers(tmp_path / "a.rec", *read_index(tmp_path / "a.idx"))
+    keys, offsets = read_index(tmp_path / "a.idx")
+    headers = read_headers(tmp_path / "a.rec", keys, offsets)
     np.testing.assert_array_equal(headers.labels, np.arange(500))
+    np.testing.assert_array_equal(headers.lengths, np.diff([*offsets, (tmp_path / "a.rec").stat().st_size]))
 
 
 def test_the_writer_refuses_magic_where_dali_cannot_read_it(tmp_path):
@@ -78,6 +80,20 @@ def test_fast_headers_agree_with_the_reader(tmp_path):
     records = list(RecordReader(tmp_path / "a.rec"))
     assert headers.labels.tolist() == [record.labels[0] for record in records]
     assert headers.is_image.tolist() == [record.is_image for record in records]
+    assert headers.lengths.tolist() == [record.end - record.offset for record in records]
+
+
+def test_an_index_reads_the_same_in_pieces_of_any_size(tmp_path):
+    lines = [(key, 5 * key**3) for key in range(40)]
+    (tmp_path / "a.idx").write_text("".join(f"{key}\t{offset}\n" for key, offset in lines) + "\n\n")
+    for size in (1, 7, 50, 1 << 20):
+        blocks = list(index_blocks(tmp_path / "a.idx", size))
+        assert [pair for keys, offsets in blocks for pair in zip(keys.tolist(), offsets.tolist(), strict=True)] == lines
+    assert read_index(tmp_path / "a.idx")[1].tolist() == [offset for _, offset in lines]
+    (tmp_path / "a.idx").write_text("1\t2\n" * 30 + "x\t2\n" + "1\t2\n" * 9)
+    for size in (1, 50, 1 << 20):
+        with pytest.raises(DataError, match="line 31: "):
+            list(index_blocks(tmp_path / "a.idx", size))
 
 
 @pytest.mark.parametrize(
@@ -89,6 +105,7 @@ def test_fast_headers_agree_with_the_reader(tmp_path):
         ("0\t-8\n", "line 1: "),
         ("0\t1.5\n", "line 1: "),
         ("", "the index is empty"),
+        ("\n \n", "the index is empty"),
     ],
 )
 def test_a_bad_index_line_is_named(tmp_path, text, complaint):

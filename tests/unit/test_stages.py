@@ -47,8 +47,9 @@ def names(taken):
 
 def test_epochs_become_optimizer_steps_and_stages_follow_each_other():
     machine = manager(EARLY, STABLE, num_images=57, batch={"micro_batch_size": 4, "grad_accum_steps": 2})
-    assert machine.total_steps == 7 + 4  # 2 epochs of 7 micro-batches are 7 steps of two
-    assert names(walk(machine)) == {"early": 7, "stable": 4}
+    # 57 images are three global batches of 16 an epoch, and the early stage has two epochs
+    assert machine.total_steps == 6 + 4
+    assert names(walk(machine)) == {"early": 6, "stable": 4}
 
 
 def test_a_fixed_global_batch_takes_as_many_steps_whatever_the_number_of_ranks():
@@ -61,7 +62,7 @@ def test_a_stage_has_its_own_margin_and_batch_or_the_runs():
     last = STABLE | {"margin": {"kind": "adaface"}, "batch": {"micro_batch_size": 2, "grad_accum_steps": 3}}
     (early, stable), _ = plan_stages(recipe(EARLY, last), 80, 2)
     assert (early.margin.kind, early.micro_batch_size, early.images_per_step, early.steps_per_epoch) == ("unified", 4, 8, 10)
-    assert (stable.margin.kind, stable.micro_batch_size, stable.images_per_step, stable.steps_per_epoch) == ("adaface", 2, 12, 20 / 3)
+    assert (stable.margin.kind, stable.micro_batch_size, stable.images_per_step, stable.steps_per_epoch) == ("adaface", 2, 12, 6)
 
 
 def until(threshold, **more):
@@ -189,8 +190,9 @@ def test_images_left_and_epochs_follow_the_stages():
 @pytest.mark.parametrize(
     ("stages", "sections", "images", "expected"),
     [
-        ([EARLY], {"batch": {"micro_batch_size": 4, "grad_accum_steps": 8}}, 8, r"2 epochs of 1 micro-batches .* one step of 8"),
-        ([EARLY], {}, 7, r"stages.0: 7 images do not fill one batch of micro_batch_size 4 on each of 2 ranks"),
+        ([EARLY], {"batch": {"micro_batch_size": 4, "grad_accum_steps": 8}}, 63,
+         r"stages.0: 63 images do not fill one global batch of 64 \(4 x 8 on each of 2 ranks\)"),
+        ([EARLY], {}, 7, r"stages.0: 7 images do not fill one global batch of 8 \(4 x 1 on each of 2 ranks\)"),
         ([{"name": "a", "steps": 4}], {"schedule": {"warmup_epochs": 9}}, 80, r"schedule: a warm-up of 90 steps of 8 images is longer"),
         ([EARLY], {"batch": {"micro_batch_size": 4, "global_batch_size": 12}}, 80,
          r"batch.global_batch_size: 12 is no multiple of micro_batch_size x world_size = 4 x 2; batch.micro_batch_size=3 would do"),

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from tests.bench import ablation, bench_attention, bench_head, bench_losses
+from tests.bench import ablation, bench_attention, bench_head, bench_index, bench_loader, bench_losses, bench_pack, bench_verify
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +50,53 @@ def test_bench_losses_names_every_loss_and_its_ratio(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()[1:]
     assert [line[:32].strip() for line in lines] == list(bench_losses.LOSSES)
     assert lines[0].endswith("1.000 x learned")
+
+
+def test_bench_loader_compares_every_backend_with_pillow_before_it_times(monkeypatch, packed_people, capsys):
+    arguments = ("--data", str(packed_people), "--batch", "4", "--batches", "1", "--repeats", "1")
+    if not torch.cuda.is_available():
+        assert run(monkeypatch, bench_loader, *arguments) == 0
+        assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["29", "bare", "table", "reader", "pillow"]
+    monkeypatch.setattr(bench_loader, "TOLERANCE", -1.0)
+    assert run(monkeypatch, bench_loader, *arguments) == 1
+    assert "differs from Pillow's by" in capsys.readouterr().err
+
+
+def test_bench_index_opens_a_set_in_every_process(monkeypatch, capsys):
+    monkeypatch.setattr(bench_index, "RANKS", 2)
+    assert run(monkeypatch, bench_index, "--images", "50000", "--identities", "500", "--shards", "4", "--batches", "2") == 0
+    assert "50,000 records, 500 identities; 2 processes" in capsys.readouterr().out
+
+
+def test_bench_verify_checks_before_it_times(monkeypatch, capsys):
+    monkeypatch.setattr(bench_verify, "DISTINCT", 20)
+    monkeypatch.setattr(bench_verify, "CHANGED", 20)
+    assert run(monkeypatch, bench_verify, "--images", "50", "--repeats", "1") == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["verify", "images/s", "images/s", "one"]
+    packed_set = bench_verify.packed_set
+
+    def damaged_set(*arguments):
+        path = packed_set(*arguments)
+        shard = path / "shard_00000.rec"
+        shard.write_bytes(shard.read_bytes()[:-9] + bytes(9))
+        return path
+
+    monkeypatch.setattr(bench_verify, "packed_set", damaged_set)
+    assert run(monkeypatch, bench_verify, "--images", "50", "--repeats", "1") == 1
+    assert "verify found 2 problems in 50 images, expected none in 50" in capsys.readouterr().err
+
+
+def test_bench_pack_compares_before_it_goes_on(monkeypatch, capsys):
+    monkeypatch.setattr(bench_pack, "SHARDS", 2)
+    arguments = ("--records", "30", "--files", "30", "--workers", "1")
+    assert run(monkeypatch, bench_pack, *arguments) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [row[:3] for row in rows] == [["records", "3", "1"], ["records", "30", "1"], ["files", "3", "1"], ["files", "30", "1"]]
+    assert all(float(row[-2]) > 10 for row in rows)  # MiB of the parent
+    stored = bench_pack.stored
+    monkeypatch.setattr(bench_pack, "stored", lambda out: list(stored(out))[1:])
+    assert run(monkeypatch, bench_pack, *arguments) == 1
+    assert "records_3: the packed set holds other images" in capsys.readouterr().err
 
 
 def test_the_ablation_tells_mean_and_spread_over_seeds():

@@ -64,9 +64,7 @@ class RecordFetcher:
     def _columns(self, numbers: np.ndarray) -> tuple[list[int], ...]:
         """File, offset in it, length, label and CRC32 of every record."""
         records = self._faces.records[numbers]
-        offsets = records["offset"].astype(np.int64)
-        shards = self._faces.starts.searchsorted(offsets, "right") - 1
-        offsets -= self._faces.starts[shards]
+        shards, offsets = self._faces.places(records)
         files = [self._files[shard] for shard in shards.tolist()]
         return files, offsets.tolist(), records["length"].tolist(), records["label"].tolist(), records["crc32"].tolist()
 

@@ -160,9 +160,15 @@ class ShardSet:
 
     def place(self, number: int) -> tuple[int, int, int]:
         """(shard, offset in it, key) of a record."""
-        record = self.records[number]
-        shard = int(np.searchsorted(self.starts, record["offset"], side="right")) - 1
-        return shard, int(record["offset"]) - int(self.starts[shard]), int(record["key"])
+        records = self.records[number : number + 1]
+        (shard,), (offset,) = self.places(records)
+        return int(shard), int(offset), int(records["key"][0])
+
+    def places(self, records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The shards of rows of the table, and the offsets in them: [n] int64 each."""
+        offsets = records["offset"].astype(np.int64)
+        shards = self.starts.searchsorted(offsets, "right") - 1
+        return shards, offsets - self.starts[shards]
 
     def numbers(self, shards: Sequence[Path | str], offsets: Sequence[int]) -> np.ndarray:
         """The numbers ([n] int64) of the records at ``offsets`` of ``shards``. Raises ``DataError`` where there is none."""

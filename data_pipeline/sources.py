@@ -101,9 +101,8 @@ class FolderSource(Source):
         self._root, self._listing, self.digest = root, listing, digest
         with open(listing / _PATHS, "rb") as paths:
             self._paths = mmap.mmap(paths.fileno(), 0, access=mmap.ACCESS_READ)
-        self._path_bounds = np.memmap(listing / _PATH_BOUNDS, np.int64, "r").view(
-            np.ndarray
-        )  # indexing a memmap takes several times as long
+        # As plain arrays: indexing a memmap takes several times as long.
+        self._path_bounds = np.memmap(listing / _PATH_BOUNDS, np.int64, "r").view(np.ndarray)
         self._identity_bounds = np.memmap(listing / _IDENTITY_BOUNDS, np.int64, "r").view(np.ndarray)
         self.num_classes = len(self._identity_bounds) - 1
 
@@ -247,9 +246,7 @@ class RecordSource(Source):
         """As ``Source.read``; a packed set's image is compared with its checksum."""
         changed = self.changed(numbers)
         records = self.faces.records[self._numbers[numbers]]
-        offsets = records["offset"].astype(np.int64)
-        shards = self.faces.starts.searchsorted(offsets, "right") - 1
-        offsets -= self.faces.starts[shards]
+        shards, offsets = self.faces.places(records)
         columns = (shards, offsets, records["length"], records["key"], records["crc32"])
         return ((self._read(*place), changed) for place in zip(*(column.tolist() for column in columns), strict=True))
 

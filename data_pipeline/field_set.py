@@ -17,7 +17,7 @@ import numpy as np
 from data_pipeline.errors import DataError
 from data_pipeline.output import new_folder
 from data_pipeline.quarantine import Quarantine
-from data_pipeline.record_table import MAX_CLASSES, RECORD, read_table, write_table_header
+from data_pipeline.record_table import MAX_CLASSES, RECORD, are_classes, read_table, write_table_header
 from data_pipeline.recordio import RecordReader, index_blocks, read_headers, read_index
 
 _KEEP_FROM = 16 << 20  # bytes of index, about a million records; what is found in a smaller set is found again in a second
@@ -135,7 +135,7 @@ def _write_table(
         labels = found.labels[images]
         records = np.zeros(len(labels), RECORD)
         records["offset"], records["length"], records["key"] = offsets[images], found.lengths[images], keys[images]
-        is_class = (labels >= 0) & (labels < MAX_CLASSES) & (labels == np.floor(labels))
+        is_class = are_classes(labels, MAX_CLASSES)
         records["label"] = np.where(is_class, labels, 0)
         bad.add(records, labels, ~is_class)
         classes = max(classes, int(records["label"].max(initial=0)) + 1)

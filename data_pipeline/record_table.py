@@ -21,6 +21,11 @@ RECORD = np.dtype(
 )
 
 
+def are_classes(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Which labels ([n] float32, as records hold them) are whole numbers in [0, num_classes): [n] bool. NaN is none."""
+    return (labels >= 0) & (labels < num_classes) & (labels == np.floor(labels))
+
+
 def write_table_header(file: BinaryIO, num_records: int) -> None:
     """What stands in front of a table's rows. It is as long whatever the number, so that it can be written again when that is known."""
     header = {"descr": np.lib.format.dtype_to_descr(RECORD), "fortran_order": False, "shape": (num_records,)}

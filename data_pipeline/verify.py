@@ -16,7 +16,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.field_set import announced_classes, find_field_pair
 from data_pipeline.quarantine import Unfit
 from data_pipeline.record_checks import IMAGE, OTHER, UNREAD, Block, Checked, Checker, Finding, gap_problem, starts_record
-from data_pipeline.record_table import MAX_CLASSES, read_table
+from data_pipeline.record_table import MAX_CLASSES, are_classes, read_table
 from data_pipeline.recordio import MAGIC, RecordReader, index_blocks, read_index
 from data_pipeline.shard_set import IDENTITIES_NAME, INDEX_NAME, SIDECAR_NAME, TABLE_NAME, Sidecar, size_problem
 from data_pipeline.workers import default_workers, run_jobs
@@ -289,9 +289,8 @@ def _check_whole(whole: Block, run: _Run) -> Checked:
 
 
 def _label_findings(whole: Block, checked: Checked, classes: int) -> Iterator[Finding]:
-    """By the rule of ``open_set``."""
     labels = checked.labels
-    wrong = (checked.kinds == IMAGE) & ~((labels >= 0) & (labels < classes) & (labels == np.floor(labels)))
+    wrong = (checked.kinds == IMAGE) & ~are_classes(labels, classes)
     for i in np.flatnonzero(wrong).tolist():
         problem = f"label {labels[i]:g}, expected a whole number in [0, {classes})"
         yield Finding(whole.shard, problem, int(whole.offsets[i]), int(whole.keys[i]), unfit=True)

@@ -197,7 +197,8 @@ def _verify_field(rec: Path, index: Path, run: _Run) -> Report:
     checked = _check_whole(whole, run)
     images = int((checked.kinds == IMAGE).sum())
     others, unread = whole.offsets[checked.kinds == OTHER], whole.offsets[checked.kinds == UNREAD]
-    header = _header(whole, checked, findings)
+    at = _header(whole, checked, findings)
+    header = None if at is None else RecordReader(rec).read_at(int(whole.offsets[at]), 0).labels
     classes = announced_classes(header, others, unread)
     findings += [*checked.findings, *_label_findings(whole, checked, MAX_CLASSES if classes is None else classes)]
     if header is not None and len(header) == 2 and header[1] <= MAX_CLASSES:  # exact
@@ -205,20 +206,18 @@ def _verify_field(rec: Path, index: Path, run: _Run) -> Report:
         for what, (found, expected) in announced.items():
             if (found or what == "image") and not found <= expected <= found + len(unread):
                 problem = f"the header announces {expected:g} {what} records, {found} can be read; {len(unread)} records cannot"
-                findings.append(Finding(rec, problem, int(whole.offsets[0]), int(whole.keys[0])))
+                findings.append(Finding(rec, problem, int(whole.offsets[at]), 0))
     return Report(rec, [rec], int((checked.kinds != UNREAD).sum()), images, findings)
 
 
-def _header(whole: Block, checked: Checked, findings: list[Finding]) -> tuple[float, ...] | None:
-    """The labels of the header record; None without one."""
-    if not len(whole) or checked.kinds[0] != OTHER:
+def _header(whole: Block, checked: Checked, findings: list[Finding]) -> int | None:
+    """Which record is the header: the one with key 0 and labels alone, first as a rule, last in some merged files. None without one."""
+    if len(whole) and checked.kinds[0] == OTHER and whole.keys[0]:
+        problem = "holds labels alone, as the header record does, whose key is 0: the index is permuted; make it again"
+        findings.append(Finding(whole.shard, problem, int(whole.offsets[0]), int(whole.keys[0])))
         return None
-    offset, key = int(whole.offsets[0]), int(whole.keys[0])
-    if key == 0:
-        return RecordReader(whole.shard).read_at(offset, key).labels
-    problem = "holds labels alone, as the header record does, whose key is 0: the index is permuted; make it again"
-    findings.append(Finding(whole.shard, problem, offset, key))
-    return None
+    headers = np.flatnonzero((checked.kinds == OTHER) & (whole.keys == 0))
+    return int(headers[0]) if len(headers) else None
 
 
 def _indexed(rec: Path, index: Path, findings: list[Finding]) -> Block:

@@ -447,6 +447,18 @@ def test_the_counts_of_the_header_record_are_compared(field):
     assert open_set(field).num_classes == 3
 
 
+def test_a_header_record_that_stands_last_announces_the_classes_and_the_counts(tmp_path):
+    """As in files that were merged."""
+    header, *rest = field_records([2, 3, 0])
+    write_records(tmp_path / "train.rec", [*rest, header])
+    assert not verify(tmp_path).findings
+    places, index = spans(tmp_path / "train.rec"), tmp_path / "train.idx"
+    index.write_text("\n".join(line for line in index.read_text().splitlines() if line.split()[0] != "2"))
+    assert f"train.rec: record at offset {places[-1][0]} (key 0): the header announces 5 image records, 4 can be read" in "\n".join(
+        told(verify(tmp_path), tmp_path)
+    )
+
+
 def test_an_index_whose_keys_are_permuted_is_named_by_its_header(field):
     index = field / "train.idx"
     lines = dict(line.split() for line in index.read_text().splitlines())

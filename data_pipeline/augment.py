@@ -25,7 +25,7 @@ NUM_DRAWS = 17  # uniform numbers that an image's changes take
 
 @dataclass(frozen=True)
 class Augment:
-    """Random changes, drawn per image, in the order in which they are made (the mirror image last)."""
+    """Random changes, drawn per image, in the order in which they are made."""
 
     downscale: float = 0.0  # probability of shrinking to 56 to 89 pixels and back
     blur: float = 0.0  # probability of a Gaussian blur over 3 or 5 pixels
@@ -43,12 +43,14 @@ class Augment:
                 raise DataError(f"augment.{name}: must lie in [0, {high}], got {value}")
 
     def draw(self, uniforms: np.ndarray) -> dict[str, np.ndarray]:
-        """What happens to each image: arguments for ``apply``, [b, ...] each, of the changes that are switched on (the mirror always).
+        """What happens to each image: arguments for ``apply``, [b, ...] each, of the changes that are switched on.
 
         ``uniforms``: [b, NUM_DRAWS] in [0, 1). An image's arguments depend on its row alone, and those of one change not on the others.
         """
         u = uniforms.T  # each change has rows to itself
-        drawn = {"flip": (u[0] < self.flip).astype(np.int32)}
+        drawn = {}
+        if self.flip:
+            drawn["flip"] = (u[0] < self.flip).astype(np.int32)
         if self.shift_px:
             drawn["shift"] = _whole(np.stack(u[1:3], axis=1), -self.shift_px, self.shift_px).astype(np.int32)
         if self.brightness:
@@ -73,7 +75,7 @@ class Augment:
         return drawn
 
     def apply(self, image: Any, drawn: dict[str, Any]) -> Any:
-        """The DALI graph: [112, 112, 3] uint8 -> the same, all but the mirror image, which normalisation makes. ``drawn``: of ``draw``.
+        """The DALI graph: [112, 112, 3] uint8 -> the same. ``drawn``: of ``draw``.
 
         An ``if`` with something drawn is part of the graph: only images that a change was drawn for pay for it.
         """
@@ -94,6 +96,8 @@ class Augment:
             image = fn.slice(image, start=drawn["shift"], shape=[SIDE, SIDE], axes=(0, 1), out_of_bounds_policy="pad", fill_values=GREY)
         if self.erase and drawn["erase"]:
             image = fn.erase(image, anchor=drawn["erase_anchor"], shape=drawn["erase_shape"], axes=(0, 1), fill_value=GREY)
+        if self.flip:
+            image = fn.flip(image, horizontal=drawn["flip"])
         return image
 
 

@@ -1,4 +1,4 @@
-"""The DALI graph from encoded images to what a network takes, one for CPU and GPU, and what is fed into it."""
+"""From encoded images to what a network takes: the DALI graph, one for CPU and GPU, what is fed into it, and what becomes of its output."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.order import EpochOrder, uniforms
 
 PREFETCH = 2  # batches that DALI works on at a time
+_IN_CACHE = 8  # images that a CPU normalises at a time: 1.2 MB
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,8 @@ def feed_draws(pipeline: dali.Pipeline, augment: Augment, share: Share, step: in
 
 
 def pixels(encoded: Any, drawn: dict[str, Any], augment: Augment, decode: Decode) -> Any:
-    """The graph: encoded images [bytes] uint8 on the CPU -> [3, 112, 112] float32 in [-1, 1] on the pipeline's device."""
-    image = augment.apply(decoded(encoded, decode), drawn)
-    return fn.crop_mirror_normalize(image, dtype=types.FLOAT, output_layout="CHW", mean=[127.5] * 3, std=[127.5] * 3, mirror=drawn["flip"])
+    """The graph: encoded images [bytes] uint8 on the CPU -> [112, 112, 3] uint8 on the pipeline's device, for ``normalised``."""
+    return augment.apply(decoded(encoded, decode), drawn)
 
 
 def decoded(encoded: Any, decode: Decode) -> Any:
@@ -92,8 +92,8 @@ def decoded(encoded: Any, decode: Decode) -> Any:
 def run(pipeline: dali.Pipeline, device: torch.device) -> tuple[Any, ...]:
     """One batch off the pipeline.
 
-    The outputs are DALI's own memory, which DALI gives up with them. On a GPU they are bound to torch's current stream: torch waits for the
-    decoder there, and the memory is used again after what torch has queued by the time it drops them.
+    The outputs are DALI's own memory, which it uses again once they are dropped. On a GPU they are bound to torch's current stream: torch
+    waits for the decoder there, and the memory is used again after what torch has queued by then.
     """
     return pipeline.run(None if device.type == "cpu" else torch.cuda.current_stream(device))
 
@@ -101,6 +101,19 @@ def run(pipeline: dali.Pipeline, device: torch.device) -> tuple[Any, ...]:
 def tensor(outputs: Any) -> torch.Tensor:
     """A DALI output of equal shapes as one tensor, without a copy."""
     return torch.from_dlpack(outputs.as_tensor())
+
+
+def normalised(outputs: Any) -> torch.Tensor:
+    """DALI's images [b, 112, 112, 3] uint8 -> [b, 3, 112, 112] float32 in [-1, 1], channels last in memory, as they come.
+
+    On a CPU this takes half the time of fn.crop_mirror_normalize, and not that of the decoding threads.
+    """
+    levels = tensor(outputs)
+    images = torch.empty(levels.shape, device=levels.device)
+    at_once = len(levels) if levels.is_cuda else _IN_CACHE
+    for part, out in zip(levels.split(at_once), images.split(at_once), strict=True):
+        out.copy_(part).sub_(127.5).div_(127.5)
+    return images.permute(0, 3, 1, 2)
 
 
 def dali_reason(error: RuntimeError) -> str:

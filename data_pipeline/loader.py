@@ -24,7 +24,7 @@ from data_pipeline.table_backend import TableBackend
 class Batch:
     """What one rank trains on at one step. The tensors are the caller's to keep and change."""
 
-    images: torch.Tensor  # [b, 3, 112, 112] float32 in [-1, 1], RGB, on the loader's device
+    images: torch.Tensor  # [b, 3, 112, 112] float32 in [-1, 1], RGB, channels last in memory, on the loader's device
     labels: torch.Tensor  # [b] int64 in [0, num_classes), on the loader's device
     epoch: int  # 0 in the first
     step: int  # batches of this size read since the start of the run, this one included

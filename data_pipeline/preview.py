@@ -113,8 +113,7 @@ def _shown(encoded: list[memoryview], augment: Augment, share: Share, draws: int
             (images,) = run(pipeline, device)
         except RuntimeError as error:
             raise DataError(f"an image cannot be decoded ({dali_reason(error)}): let `python -m data_pipeline verify` find it") from error
-        levels = tensor(images).permute(0, 2, 3, 1) * 127.5 + 127.5
-        shown.append(levels.round().to(torch.uint8).numpy())
+        shown.append(tensor(images).numpy())
     return shown
 
 

@@ -14,7 +14,7 @@ from nvidia.dali import fn, pipeline_def
 from data_pipeline import SIDE
 from data_pipeline.augment import Augment
 from data_pipeline.errors import DataError
-from data_pipeline.graph import PREFETCH, Decode, Share, dali_reason, drawn_names, fed, feed_draws, pixels, run, tensor
+from data_pipeline.graph import PREFETCH, Decode, Share, dali_reason, drawn_names, fed, feed_draws, normalised, pixels, run, tensor
 from data_pipeline.shard_set import ShardSet
 
 SHUFFLE_BUFFER = 4096  # records that each rank shuffles among; packed sets are shuffled globally before
@@ -109,7 +109,7 @@ class ReaderBackend:
                 f"{self._where()}: {_first(records, wrong)}: an image of {width}x{height} pixels, expected {SIDE}x{SIDE}; crop the faces "
                 "first"
             )
-        return tensor(images), tensor(labels).reshape(-1), records
+        return normalised(images), tensor(labels).reshape(-1), records
 
     def _where(self) -> str:
         return f"{self._faces.path}: rank {self._share.rank}, step {self._step + 1}"
@@ -128,7 +128,7 @@ def _first(records: Callable[[], list[str]], chosen: torch.Tensor) -> str:
 
 @pipeline_def(enable_conditionals=True, enable_checkpointing=True)
 def _reader_pipeline(shards: list[str], index: str, share: Share, buffer: int, augment: Augment, decode: Decode) -> Any:
-    """Images [3, 112, 112] float32, labels [1] float32, sizes [3] int64 (height, width, channels).
+    """Images [112, 112, 3] uint8, labels [1] float32, sizes [3] int64 (height, width, channels).
 
     Which file follows which after an epoch is drawn from a seed that all ranks share; the shuffle within the buffer comes from the
     pipeline's own. ``pad_last_batch`` makes all ranks' epochs equally long: see ``_leftover_batches``.

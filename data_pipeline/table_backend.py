@@ -22,9 +22,9 @@ from data_pipeline.graph import (
     fed,
     feed_draws,
     feed_images,
+    normalised,
     pixels,
     run,
-    tensor,
 )
 from data_pipeline.record_table import AllBut
 from data_pipeline.shard_set import ShardSet
@@ -89,7 +89,7 @@ class TableBackend:
         except DataError as error:  # of a batch to come: this one is sound
             self._failure = error
         labels = self._faces.labels[numbers].astype(np.int64)
-        return tensor(images), torch.from_numpy(labels), partial(self._faces.names, numbers)
+        return normalised(images), torch.from_numpy(labels), partial(self._faces.names, numbers)
 
     def _run(self) -> tuple[Any, np.ndarray]:
         """A batch off the pipeline, and the numbers of its records."""

@@ -39,6 +39,7 @@ from data_pipeline.shard_set import ShardSet, open_set
 from data_pipeline.synthetic import write_synthetic
 
 TOLERANCE = 2.01 / 127.5  # two JPEG decoders may differ by a grey level or two
+_SETTLE_S = 0.5  # after a turn, until its contender has read ahead and leaves the cores to the next
 
 
 def main() -> int:
@@ -88,6 +89,7 @@ def _compare_on_cpu(faces: ShardSet, arguments: argparse.Namespace) -> None:
     rates = {name: [] for name in contenders}
     for turn in range(1 + arguments.repeats):
         for name, run in contenders.items():
+            time.sleep(_SETTLE_S)
             begin = time.perf_counter()
             for _ in range(arguments.batches):
                 run()

@@ -33,7 +33,7 @@ clean-demo:
 	rm -rf $(DEMO)
 
 test: .venv/installed-dev
-	python -m pytest
+	python -m pytest --numprocesses 2  # tests at a time; many start ranks of their own
 
 lint: .venv/installed-dev
 	ruff check .

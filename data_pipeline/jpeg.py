@@ -12,6 +12,7 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _NOT_FRAMES = frozenset((0xC4, 0xC8, 0xCC))  # of the markers ffc0 to ffcf: Huffman tables, reserved, arithmetic coding
 _IS_FRAME = np.array([0xC0 <= marker <= 0xC2 for marker in range(256)])  # those that DALI takes: baseline, extended, progressive
 _HAS_LENGTH = np.array([0xC0 <= marker <= 0xC2 or marker in (0xC4, 0xCC) or 0xDA < marker < 0xFF for marker in range(256)])
+NO_SIZE = "JPEG whose markers do not lead to a frame header and image data"  # what is wrong where jpeg_size finds none
 _MARKERS = 16  # that stand before the image data at the most, but for rare files
 
 
@@ -72,7 +73,7 @@ def image_problem(data: bytes) -> str | None:
     else:
         size = jpeg_size(data)
     if size is None:
-        return "JPEG whose markers do not lead to a frame header and image data"
+        return NO_SIZE
     return None if size == (SIDE, SIDE) else f"an image of {size[0]}x{size[1]} pixels, expected {SIDE}x{SIDE}; crop the faces first"
 
 

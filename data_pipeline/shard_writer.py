@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from data_pipeline import SIDE
 from data_pipeline.duplicates import DROPPED_NAME
 from data_pipeline.errors import DataError
-from data_pipeline.jpeg import jpeg_problem, jpeg_size
+from data_pipeline.jpeg import NO_SIZE, jpeg_problem, jpeg_size
 from data_pipeline.order import EpochOrder
 from data_pipeline.output import replace_file, sync_folder
 from data_pipeline.record_table import RECORD
@@ -164,7 +164,7 @@ def _stored_form(data: bytes, *, resize: bool) -> tuple[bytes, tuple[int, int]]:
             raise DataError(problem)
         size = jpeg_size(data)
         if size is None:
-            raise DataError("JPEG whose markers do not lead to a frame header and image data")
+            raise DataError(NO_SIZE)
         if size == (SIDE, SIDE) or not resize:
             return data, size
     pixels = _decoded(data)

@@ -29,6 +29,10 @@ CENTERS: tuple[Centers, ...] = get_args(Centers)
 Loss = Literal["softmax", "uniface"]
 LOSSES: tuple[Loss, ...] = get_args(Loss)
 Margin = tuple[float, float, float] | NormMargin
+# What of a head's state has a row a class.
+ROW_STATE = frozenset(
+    ("weight", "expectation", "expectation_seen", "last_embedding", "last_embedding_step", "exp_avg", "exp_avg_sq", "steps")
+)
 _CHUNK_ROWS = {"cpu": 512, "cuda": 4096}
 _ROWS_AT_ONCE = 16384  # classes whose statistics are computed at a time
 _W, _E = "learned", "expectation"
@@ -392,7 +396,10 @@ class PartialFC:
         }
 
     def state(self) -> dict[str, Tensor]:
-        """Everything a checkpoint must hold of this rank's rows ``[class_start, class_start + c)``; tensors are not copied."""
+        """Everything a checkpoint must hold of this rank's rows ``[class_start, class_start + c)``; tensors are not copied.
+
+        Those named in ``ROW_STATE`` have a row a class; the others are equal on all ranks.
+        """
         rows = {"weight": self.weight, "expectation": self.expectation, "expectation_seen": self.expectation_seen}
         if self._last_embeddings is not None:
             rows |= {"last_embedding": self._last_embeddings.rows, "last_embedding_step": self._last_embeddings.written}

@@ -3,9 +3,8 @@
     checkpoints/
       latest                  text: the name of the newest complete checkpoint
       step_00001200/
-        engine/               DeepSpeed's own shards: parameters, float32 masters, optimizer moments (and its conversion scripts beside it)
-        rank_00000.pt ...     per rank: its rows of the head, the loader's cursor, random state, its BatchNorm statistics, its part of the
-                              mean weights
+        rank_00000.pt ...     per rank: its pieces of the backbone's float32 masters and moments (train.engine_state), its rows of the
+                              head, the loader's cursor, random state, its BatchNorm statistics, its part of the mean weights
         backbone.safetensors  the whole backbone in float32 under its released key names, for evaluation and release
         backbone_ema.safetensors  the same of the mean weights; with model.ema_decay alone
         manifest.json         what the run was, and size and SHA-256 of every file above; a folder without it is not a checkpoint
@@ -32,9 +31,10 @@ from data_pipeline.output import replace_file, sync_folder
 from train.dist import Ranks
 from train.ema import BackboneEma
 from train.engine import full_backbone_weights
+from train.engine_state import Pieces, Read, engine_state, load_engine_state
 
 BACKBONE, BACKBONE_EMA = "backbone.safetensors", "backbone_ema.safetensors"
-_FORMAT = 2
+_FORMAT = 3
 _NAME = re.compile(r"step_\d{8}")
 
 
@@ -76,17 +76,19 @@ class Checkpoints:
             rank_state: this rank's tensors and plain values (torch.save, readable with weights_only).
             run_state: JSON values that are equal on all ranks; rank 0's are kept.
 
-        Raises RankError on every rank if a file cannot be written. Collectives: DeepSpeed's save, the gather of the backbone (with
-        ``ema`` two), a gather of a line of text after every file.
+        Raises RankError on every rank if a file cannot be written. Collectives: the gather of the backbone (with ``ema`` two), a gather of
+        a line of text after every file.
         """
         name = f"step_{step:08d}"
         final, partial = self.folder / name, self.folder / f"{name}.partial"
         self._ranks.together(lambda: _new_folder(partial) if self._ranks.is_first else None)
-        # Without this mark DeepSpeed's converter to other world sizes refuses the checkpoint.
-        universal = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
-        engine.save_checkpoint(str(partial), tag="engine", save_latest=False, client_state=universal)
-        buffers = {key: buffer.detach().cpu().clone() for key, buffer in engine.module.named_buffers()}
-        everything = {**rank_state, "buffers": buffers, "rng": _random_state(self._ranks.device), "ema": ema.state() if ema else None}
+        everything = {
+            **rank_state,
+            "engine": engine_state(engine),
+            "buffers": dict(engine.module.named_buffers()),
+            "rng": _random_state(self._ranks.device),
+            "ema": ema.state() if ema else None,
+        }
         self._ranks.together(lambda: torch.save(everything, partial / f"rank_{self._ranks.rank:05d}.pt"))
         self._save_backbone(engine, partial / BACKBONE)
         if ema:
@@ -175,15 +177,24 @@ class Saved:
     def restore(self, engine, ema: BackboneEma | None) -> None:
         """Give the engine its weights and optimizer, this rank its BatchNorm statistics, random state and part of the mean weights.
 
-        Collectives: DeepSpeed's load.
+        Collectives: a gather of the low-precision weights.
         """
-        engine.load_checkpoint(str(self.folder), tag="engine")
+        state = self.rank_state["engine"]
+        load_engine_state(engine, state, _own_pieces(state["pieces"]))
         buffers = dict(engine.module.named_buffers())
         for key, saved in self.rank_state["buffers"].items():
             buffers[key].copy_(saved)
         if ema:
             ema.load_state(self.rank_state["ema"])
         _restore_random_state(self.rank_state["rng"])
+
+
+def _own_pieces(pieces: Pieces) -> Read:
+    def read(kind: str, name: str, start: int, stop: int) -> torch.Tensor:
+        piece = pieces[name]
+        return piece[kind][start - piece["start"] : stop - piece["start"]]
+
+    return read
 
 
 def _problem(checkpoint: Path) -> str | None:

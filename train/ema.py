@@ -16,10 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.config import ConfigError
+from train.engine_state import local_masters
 
-# Where DeepSpeed's optimizers keep this rank's float32 masters: ZeRO 1 and 2; ZeRO 1 with bfloat16 weights; ZeRO 3.
-_MASTERS = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat")
 _PIECE = 2**24  # elements exchanged at a time: 64 MiB
 
 
@@ -39,7 +37,7 @@ class BackboneEma:
         Raises: ConfigError if the masters are not in memory as float32.
         """
         self._engine, self.decay, self.updates = engine, decay, 0
-        self._masters = [master.detach().clone() for master in _local_masters(engine.optimizer)]
+        self._masters = [master.detach().clone() for master in local_masters(engine)]
         self._buffers = {name: buffer.clone() for name, buffer in _float_buffers(engine.module).items()}
 
     @torch.no_grad()
@@ -81,7 +79,7 @@ class BackboneEma:
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(mean, present value) of every tensor. DeepSpeed is asked each time: it may put a master's data elsewhere."""
-        yield from zip(self._masters, _local_masters(self._engine.optimizer), strict=True)
+        yield from zip(self._masters, local_masters(self._engine), strict=True)
         buffers = _float_buffers(self._engine.module)
         yield from ((mean, buffers[name]) for name, mean in self._buffers.items())
 
@@ -92,18 +90,6 @@ class BackboneEma:
                 kept = value.clone()
                 value.copy_(mean)
                 mean.copy_(kept)
-
-
-def _local_masters(optimizer) -> list[Tensor]:
-    """This rank's flat float32 masters in DeepSpeed's order, padding included; changing them in place changes the weights."""
-    masters = next((getattr(optimizer, name) for name in _MASTERS if hasattr(optimizer, name)), [])
-    if not masters or any(master.dtype != torch.float32 or master.numel() == 0 for master in masters):  # NVMe leaves empty tensors behind
-        found = [f"{master.dtype} [{master.numel()}]" for master in masters]
-        raise ConfigError(
-            f"model.ema_decay: needs ZeRO's float32 master weights in memory, found {found or 'none'} in {type(optimizer).__name__}; "
-            "keep them in float32 on the device or the CPU (zero_optimization.offload_optimizer.device), or set model.ema_decay=null"
-        )
-    return masters
 
 
 def _float_buffers(module: torch.nn.Module) -> dict[str, Tensor]:

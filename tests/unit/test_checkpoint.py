@@ -15,7 +15,7 @@ def checkpoint(tmp_path):
     folder.mkdir()
     (folder / "a.pt").write_bytes(b"weights")
     files = {"a.pt": {"bytes": 7, "sha256": hashlib.sha256(b"weights").hexdigest()}}
-    (folder / "manifest.json").write_text(json.dumps({"format": 2, "step": 7, "files": files}))
+    (folder / "manifest.json").write_text(json.dumps({"format": 3, "step": 7, "files": files}))
     return folder
 
 
@@ -36,8 +36,8 @@ def manifest(text):
         (lambda folder: (folder / "manifest.json").unlink(), "its manifest cannot be read"),
         (manifest('{"files'), "its manifest cannot be read"),
         (manifest("[]"), "its manifest cannot be read"),
-        (manifest('{"format": 9, "step": 7, "files": {}}'), "its format is 9, this version reads 2"),
-        (manifest('{"format": 2, "step": 8, "files": {}}'), "its manifest is of step 8"),
+        (manifest('{"format": 9, "step": 7, "files": {}}'), "its format is 9, this version reads 3"),
+        (manifest('{"format": 3, "step": 8, "files": {}}'), "its manifest is of step 8"),
     ],
 )
 def test_every_damage_is_named(damage, expected, checkpoint):
@@ -59,7 +59,7 @@ def test_pruning_keeps_good_checkpoints_and_leaves_later_ones_that_were_passed_o
     checkpoints = Checkpoints(tmp_path, ranks=None, identity=None, keep_last=2, preset="vit_t")
     for name in ("step_00000001", "step_00000002", "step_00000009", "step_00000003.partial"):
         (tmp_path / name).mkdir()
-    checkpoints._commit(tmp_path / "step_00000003.partial", tmp_path / "step_00000003", {"format": 2, "step": 3})
+    checkpoints._commit(tmp_path / "step_00000003.partial", tmp_path / "step_00000003", {"format": 3, "step": 3})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000002", "step_00000003", "step_00000009"]
     assert (tmp_path / "latest").read_text() == "step_00000003\n"
     assert _problem(tmp_path / "step_00000003") is None

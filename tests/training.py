@@ -66,24 +66,25 @@ def write_recipe(path: Path, data: Path, output: Path, **changes) -> Path:
 def train_on_rank(group, recipe: Path, ds_config: str, overrides=(), kill=None) -> int:
     """Train as ``python -m train`` would on this rank; returns the step reached.
 
-    ``kill=(rank, step)``: that rank kills itself with SIGKILL when it has taken that many steps. ``kill=(rank, "save", n)``: in the middle
-    of its n-th save of this process, when the shards are written and the manifest is not.
+    ``kill=(rank, step)``: that rank kills itself with SIGKILL when it has taken that many steps. ``kill=(0, "save", n)``: rank 0 does in
+    the middle of its n-th save of this process, when the ranks' files are written and the manifest is not.
     """
-    from train import checkpoint
     from train.build import build_run
+    from train.checkpoint_folder import CheckpointFolder
     from train.config import load_run_config
     from train.dist import Ranks
     from train.ds_config import load_ds_config
     from train.loop import train
+    from train.stop import StopRequests
 
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     ranks = Ranks(rank, rank, world_size, world_size, torch.device("cpu"), group)
     cfg = load_run_config(recipe, overrides)
     ds, summary = load_ds_config(ROOT / "ds_configs" / ds_config, cfg, world_size, "cpu")
-    run = build_run(cfg, ds, summary, ranks)
+    run = build_run(cfg, ds, summary, ranks, StopRequests())
     if kill and kill[0] == rank and kill[1] == "save":
-        describe, saves = checkpoint._describe, iter(range(1, 100))
-        checkpoint._describe = lambda folder: _die() if next(saves) == kill[2] else describe(folder)
+        commit, saves = CheckpointFolder.commit, iter(range(1, 100))
+        CheckpointFolder.commit = lambda *args: _die() if next(saves) == kill[2] else commit(*args)
     elif kill and kill[0] == rank:
         record = run.record
         run.record = lambda *args: (record(*args), run.step == kill[1] and _die())
@@ -109,4 +110,11 @@ def final_state(output: Path, rank: int) -> dict[str, torch.Tensor]:
     folder = output / "checkpoints" / (output / "checkpoints" / "latest").read_text().strip()
     state = torch.load(folder / f"rank_{rank:05d}.pt", weights_only=True)
     ema = {f"ema.{name}": tensor for name, tensor in load_file(folder / "backbone_ema.safetensors").items()}
-    return {**load_file(folder / "backbone.safetensors"), **ema, **state["head"], **state["buffers"], **state["rng"]}
+    random = {"torch": state["random"]["torch"], "numpy": state["random"]["numpy"][1]}
+    pieces = {
+        f"{name}.{kind}": value
+        for name, piece in state["engine"]["pieces"].items()
+        for kind, value in piece.items()
+        if isinstance(value, torch.Tensor)
+    }
+    return {**load_file(folder / "backbone.safetensors"), **ema, **state["head"], **state["buffers"], **random, **pieces}

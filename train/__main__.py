@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 import time
@@ -25,16 +26,23 @@ metrics.jsonl, summary.json, checkpoints/. Started again, it goes on from its ne
 
 says beforehand what a recipe comes to on a number of ranks, see python -m train plan --help.
 
-Exit codes of a rank: 0 the run is complete, 1 an unexpected error, 2 something given is wrong (one line says what), 130 interrupted."""
+  python -m train reshard RUN NEW_RUN --world-size 32
+
+rewrites a checkpoint as another number of ranks would have saved it. A run reads those of any number of ranks without it.
+
+SIGTERM or SIGUSR1 to the launcher or to any rank, or the end of the launcher, is a request to stop: while it trains, the run saves a
+checkpoint at the next step and ends; else it ends at once.
+
+Exit codes of a rank: 0 the run is complete, 1 an unexpected error, 2 something given is wrong (one line says what), 75 stopped on request:
+start it again to go on, 130 interrupted. The launcher's own exit code may be 0 where ranks were killed: `output`/summary.json is there if
+the run is complete, and only then."""
 
 
 def main() -> None:
     """Parse, check everything that needs no other rank, train, evaluate."""
-    if sys.argv[1:2] == ["plan"]:
+    if sys.argv[1:2] in (["plan"], ["reshard"]):
         _check_import_path()
-        from train.plan import main as plan
-
-        sys.exit(plan(sys.argv[2:]))
+        sys.exit(importlib.import_module(f"train.{sys.argv[1]}").main(sys.argv[2:]))
     arguments = _parse_arguments()
     _check_import_path()
     # Heavy imports come after the cheap refusals.
@@ -43,7 +51,10 @@ def main() -> None:
     from train.config import load_run_config
     from train.dist import RankError, import_deepspeed, process_group, read_ranks
     from train.ds_config import load_ds_config
+    from train.stop import STOPPED, Stopped, StopRequests
 
+    stop = StopRequests()
+    stop.listen()
     ranks = read_ranks()
     try:
         cfg = load_run_config(arguments.config, arguments.overrides)
@@ -53,7 +64,10 @@ def main() -> None:
         _stop(str(error) if ranks.local_rank == 0 else None)
     try:
         with process_group(ranks) as ranks:
-            _train(cfg, ds_config, summary, ranks)
+            _train(cfg, ds_config, summary, ranks, stop)
+    except Stopped as stopped:
+        ranks.say(str(stopped))
+        os._exit(STOPPED)
     except RankError as error:
         _stop(str(error) if ranks.is_first else None)
     except (DataError, EvalError) as error:  # on this rank alone: the others wait for it until the launcher stops them
@@ -68,34 +82,18 @@ def main() -> None:
         os._exit(_UNEXPECTED)
 
 
-def _train(cfg, ds_config, summary, ranks) -> None:
+def _train(cfg, ds_config, summary, ranks, stop) -> None:
     from train.build import build_run
+    from train.evaluation import evaluate
     from train.loop import train
     from train.report import write_summary
 
-    run = build_run(cfg, ds_config, summary, ranks)
-    train(run)
+    run = build_run(cfg, ds_config, summary, ranks, stop)
+    with stop.held(cfg.checkpoint.grace_s):
+        train(run)
     if ranks.is_first:  # the others wait at the end of the process group
-        write_summary(run, *_evaluate(run))
+        write_summary(run, *evaluate(run))
     run.close()
-
-
-def _evaluate(run):
-    """(pair accuracy of the last checkpoint's weights, of its mean weights); None for what the recipe does not have."""
-    from eval.embedder import load_embedder
-    from eval.pairs import evaluate_pairs
-    from eval.pairs_file import find_pairs
-    from train.checkpoint import BACKBONE, BACKBONE_EMA
-
-    cfg = run.cfg
-
-    def accuracy(name):
-        run.ranks.say(f"verifying the pairs of {cfg.eval.pairs} with {name}")
-        return evaluate_pairs(load_embedder(run.last_checkpoint / name), find_pairs(cfg.eval.images, cfg.eval.pairs))
-
-    pairs = accuracy(BACKBONE) if cfg.eval else None
-    pairs_ema = accuracy(BACKBONE_EMA) if cfg.eval and cfg.model.ema_decay is not None else None
-    return pairs, pairs_ema
 
 
 def _parse_arguments() -> argparse.Namespace:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def contradictions(run: RunConfig) -> Iterator[Problem]:
     """Every contradiction: where it stands, and what is wrong there."""
-    for check in (_preset_problems, _batch_problems, _margin_problems, _schedule_problems, _stage_problems):
+    for check in (_preset_problems, _batch_problems, _margin_problems, _schedule_problems, _stage_problems, _checkpoint_problems):
         yield from check(run)
 
 
@@ -55,6 +55,14 @@ def _curve_problems(
         lengths = [getattr(stage, unit) for stage in stages]
         if None not in lengths and warmup > sum(lengths):
             yield (*key, f"warmup_{unit}"), f"is {warmup:g}, longer than the {what} of {sum(lengths)} {unit}"
+
+
+def _checkpoint_problems(run: RunConfig) -> Iterator[Problem]:
+    if run.checkpoint.keep_best and not (run.eval and run.eval.every_checkpoint):
+        yield (
+            ("checkpoint", "keep_best"),
+            "compares pair accuracies: set eval.images, eval.pairs and eval.every_checkpoint",
+        )
 
 
 def _stage_problems(run: RunConfig) -> Iterator[Problem]:

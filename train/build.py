@@ -18,23 +18,27 @@ from data_pipeline.loader import FaceLoader
 from eval.pairs_file import find_pairs
 from model.partial_fc import PartialFC
 from model.vit import build_vit
-from train.checkpoint import CheckpointError, Checkpoints, Identity, Saved
+from train.checkpoint import Checkpoints, Identity, Layout, Saved
+from train.checkpoint_folder import CheckpointError, Retention
 from train.config import RunConfig
 from train.dist import RankError, Ranks
 from train.ds_config import DeepSpeedSummary
 from train.ema import BackboneEma
 from train.engine import build_engine, build_optimizer, require_compiler
+from train.evaluation import pair_accuracy
 from train.guard import Guard
 from train.metrics import BuildInfo, Metrics, PhaseTimer
+from train.random_state import seed_rank
 from train.report import announce
 from train.run import Run, head_margin
 from train.stages import StageManager, plan_stages
+from train.stop import Flags, StopRequests
 
 # Sections of DeepSpeed's JSON that change numbers, beyond ZeRO stage and precision.
 _NUMERIC_SECTIONS = ("communication_data_type", "data_types", "torch_autocast", "bf16", "fp16")
 
 
-def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks: Ranks) -> Run:
+def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks: Ranks, stop: StopRequests) -> Run:
     """Build the run, resumed from its newest complete checkpoint if the recipe says so.
 
     Raises RankError on every rank if anything given is wrong on any. Collectives: those of the engine's start and of the checkpoint's load.
@@ -45,13 +49,13 @@ def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks:
         ranks.together(lambda: find_pairs(cfg.eval.images, cfg.eval.pairs) if ranks.is_first else None)
     if cfg.model.compile:
         ranks.together(lambda: require_compiler(ranks.device))
-    numerics = {key: ds_config[key] for key in _NUMERIC_SECTIONS if key in ds_config}
-    identity = Identity(ranks.world_size, summary.zero_stage, summary.precision, cfg.mathematics(), numerics)
-    checkpoints = Checkpoints(cfg.output / "checkpoints", ranks, identity, cfg.checkpoint.keep_last, cfg.model.name)
+    checkpoints = _open_checkpoints(cfg, ds_config, summary, ranks)
     newest = checkpoints.newest()
     saved = ranks.together(lambda: _read_checkpoint(cfg, checkpoints, newest))
     if saved:
         ranks.say(f"resuming from {newest}: step {saved.step}, stage {saved.run_state['stage']}")
+    if saved and saved.moved:
+        ranks.say(f"it was saved by {saved.moved}: the run goes on with the same images, but not bit for bit")
     batches = ranks.together(lambda: _open_data_at(cfg, ranks, saved) if saved else _open_data(cfg, ranks, 0))
     _check_agreement(ranks, cfg, ds_config, batches)
     stages = ranks.together(lambda: _plan_stages(cfg, batches, ranks, saved))
@@ -93,14 +97,32 @@ def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks:
         device=ranks.device,
     )
     # From here on every rank draws its own dropped patches and paths.
-    torch.manual_seed(int(np.random.SeedSequence([cfg.seed, ranks.rank]).generate_state(1, np.uint64)[0]))
+    seed_rank(cfg.seed, ranks.rank)
     guard = Guard(cfg.guard, ranks, cfg.output, summary.precision)
     timer = PhaseTimer(ranks.device.type)
-    run = Run(cfg, ranks, batches, partial(_open_data, cfg, ranks), engine, ema, head, guard, stages, checkpoints, metrics, timer, lock)
+    opening = partial(_open_data, cfg, ranks)
+    flags = Flags(ranks)
+    run = Run(cfg, ranks, batches, opening, engine, ema, head, guard, stages, checkpoints, metrics, timer, lock, stop, flags)
     if saved:
         run.resume(saved)
     announce(run, ds_config, summary)
     return run
+
+
+def _open_checkpoints(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks: Ranks) -> Checkpoints:
+    """Collectives: those of Checkpoints."""
+    batches = [cfg.stage_batch(index) for index in range(len(cfg.stages))]
+    recipe = cfg.mathematics()
+    del recipe["batch"]
+    for stage, batch in zip(recipe["stages"], batches, strict=True):
+        stage["batch"] = {"images": batch.images_per_step(ranks.world_size)}  # how ranks share them is their layout
+    numerics = {key: ds_config[key] for key in _NUMERIC_SECTIONS if key in ds_config}
+    identity = Identity(summary.precision, recipe, numerics)
+    layout = Layout(ranks.world_size, summary.zero_stage, [batch.micro_batch_size for batch in batches])
+    keep = cfg.checkpoint
+    retention = Retention(keep.keep_last, keep.keep_every_steps, keep.keep_best)
+    score = partial(pair_accuracy, cfg) if cfg.eval and cfg.eval.every_checkpoint else None
+    return Checkpoints(cfg.output / "checkpoints", ranks, identity, layout, retention, cfg.model.name, score)
 
 
 def _product_dtype(choice: str, precision: str, device: torch.device) -> torch.dtype:

@@ -1,55 +1,52 @@
-"""Checkpoints: committed or not there at all. Shards first, then the manifest, then the pointer.
-
-    checkpoints/
-      latest                  text: the name of the newest complete checkpoint
-      step_00001200/
-        rank_00000.pt ...     per rank: its pieces of the backbone's float32 masters and moments (train.engine_state), its rows of the
-                              head, the loader's cursor, random state, its BatchNorm statistics, its part of the mean weights
-        backbone.safetensors  the whole backbone in float32 under its released key names, for evaluation and release
-        backbone_ema.safetensors  the same of the mean weights; with model.ema_decay alone
-        manifest.json         what the run was, and size and SHA-256 of every file above; a folder without it is not a checkpoint
-
-A checkpoint is written as ``step_00001200.partial`` and renamed when every file and the manifest are on disk, so a kill at any moment
-leaves the checkpoints before it untouched and never one that only looks whole.
-"""
+"""Save a run while it goes on, and read it again, at any number of ranks. What lies on the disk: train.checkpoint_folder."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import re
-import shutil
-from dataclasses import dataclass
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
-from data_pipeline.output import replace_file, sync_folder
+from data_pipeline.output import replace_file
+from train.checkpoint_folder import (
+    BACKBONE,
+    BACKBONE_EMA,
+    CheckpointError,
+    CheckpointFolder,
+    HashedFile,
+    Manifest,
+    Retention,
+    free_bytes,
+    read_manifest,
+)
 from train.dist import Ranks
 from train.ema import BackboneEma
-from train.engine import full_backbone_weights
-from train.engine_state import Pieces, Read, engine_state, load_engine_state
+from train.engine import loss_scale
+from train.engine_state import engine_state, load_engine_state
+from train.host_copy import HostCopy, tensor_bytes
+from train.random_state import random_state, restore_random_state, seed_rank
+from train.rank_files import RankFiles, RankState, file_name
 
-BACKBONE, BACKBONE_EMA = "backbone.safetensors", "backbone_ema.safetensors"
-_FORMAT = 3
-_NAME = re.compile(r"step_\d{8}")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the folder, what was expected, what was found and what to do."""
+_POLL_S = 0.02
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What must be the same for a checkpoint to be continued bit for bit; plain JSON values. The loader checks the data by itself."""
+    """What must be the same for a checkpoint to be continued; plain JSON values. The loader checks the data by itself."""
 
-    world_size: int
-    zero_stage: int
     precision: str
-    recipe: dict[str, Any]  # RunConfig.mathematics()
+    recipe: dict[str, Any]  # RunConfig.mathematics(), with every stage's global batch
     deepspeed: dict[str, Any]  # the sections of its JSON that change numbers
 
     def differences(self, saved: dict[str, Any], begun: int | None = None) -> list[str]:
@@ -61,97 +58,200 @@ class Identity:
         ]
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How a run is spread over ranks. With the same layout it goes on bit for bit; with another one up to rounding and random draws."""
+
+    world_size: int
+    zero_stage: int
+    micro_batch_sizes: list[int]  # of each stage
+
+    def change(self, saved: dict[str, Any]) -> str | None:
+        """``2 ranks, ZeRO 1, micro-batches of 8, 8``: the saved layout, if it is another one."""
+        if vars(self) == saved:
+            return None
+        sizes = ", ".join(map(str, saved["micro_batch_sizes"]))
+        return f"{saved['world_size']} ranks, ZeRO {saved['zero_stage']}, micro-batches of {sizes}"
+
+
+@dataclass
+class SaveTimes:
+    """Of the newest checkpoint, on this rank; seconds."""
+
+    blocked: float = 0.0  # in which training stood still
+    written: float = 0.0  # from its begin until this rank's file, on rank 0 the whole checkpoint, was on the disk
+
+
 class Checkpoints:
-    """The ``checkpoints`` folder of one run."""
+    """Saves the run in a thread of its own: training waits for the copy to host memory alone, and for the save before if it still runs."""
 
-    def __init__(self, folder: Path, ranks: Ranks, identity: Identity, keep_last: int, preset: str) -> None:
-        """``preset``: name of the backbone in model.vit, for the metadata of the .safetensors."""
-        self.folder, self._ranks, self._identity, self._keep_last, self._preset = folder, ranks, identity, keep_last, preset
+    def __init__(
+        self,
+        folder: Path,
+        ranks: Ranks,
+        identity: Identity,
+        layout: Layout,
+        retention: Retention,
+        preset: str,
+        score: Callable[[Path], float] | None = None,
+    ) -> None:
+        """
+        Args:
+            preset: name of the backbone in model.vit, for the metadata of the .safetensors.
+            score: of a backbone's weights file, higher is better; asked for each checkpoint on rank 0, in its thread. None: no scores.
 
-    def save(self, step: int, engine, ema: BackboneEma | None, rank_state: dict[str, Any], run_state: dict[str, Any]) -> Path:
-        """Commit a checkpoint of ``step`` completed optimizer steps and delete those beyond keep_last.
+        Collectives: one broadcast.
+        """
+        self.folder, self.times = CheckpointFolder(folder, ranks.say), SaveTimes()
+        self.last: Path | None = None  # the newest that this process committed (rank 0) or knows to be
+        self.last_score: float | None = None
+        self._ranks, self._identity, self._layout, self._retention = ranks, identity, layout, retention
+        self._preset, self._score = preset, score
+        self._token = ranks.broadcast(secrets.token_hex(4))
+        self._host = HostCopy()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._abandoned = threading.Event()
+        self._written: Future | None = None  # this rank's file
+        self._committed: Future | None = None  # on rank 0: all of it
+
+    def save(self, step: int, engine, ema: BackboneEma | None, rank_state: RankState, run_state: dict[str, Any]) -> None:
+        """Begin a checkpoint of ``step`` completed optimizer steps; :meth:`finish` ends it, at the latest the next save.
 
         Args:
-            ema: the mean of the engine's weights, where the run keeps one; unchanged afterwards, as the engine is.
-            rank_state: this rank's tensors and plain values (torch.save, readable with weights_only).
+            rank_state: this rank's tensors and plain values (torch.save, readable with weights_only); copied before this returns.
             run_state: JSON values that are equal on all ranks; rank 0's are kept.
 
-        Raises RankError on every rank if a file cannot be written. Collectives: the gather of the backbone (with ``ema`` two), a gather of
-        a line of text after every file.
+        Raises RankError on every rank if the save before failed, or there is no room for this one. Collectives: two gathers, and those of
+        finish.
         """
-        name = f"step_{step:08d}"
-        final, partial = self.folder / name, self.folder / f"{name}.partial"
-        self._ranks.together(lambda: _new_folder(partial) if self._ranks.is_first else None)
-        everything = {
+        begin = time.monotonic()
+        self.finish()
+        state = {
             **rank_state,
-            "engine": engine_state(engine),
+            "engine": engine_state(engine, ema and ema.means),
             "buffers": dict(engine.module.named_buffers()),
-            "rng": _random_state(self._ranks.device),
-            "ema": ema.state() if ema else None,
+            "ema": ema and ema.state(),
+            "random": random_state(self._ranks.device),
         }
-        self._ranks.together(lambda: torch.save(everything, partial / f"rank_{self._ranks.rank:05d}.pt"))
-        self._save_backbone(engine, partial / BACKBONE)
-        if ema:
-            with ema.swapped_in():
-                self._save_backbone(engine, partial / BACKBONE_EMA)
-        manifest = {"format": _FORMAT, "step": step, "identity": vars(self._identity), "run": run_state}
-        self._ranks.together(lambda: self._commit(partial, final, manifest) if self._ranks.is_first else None)
-        return final
+        self.require_space(self._size(state, ema))
+        self._ranks.together(lambda: self.folder.new_partial(step, self._token) if self._ranks.is_first else None)
+        manifest = {
+            "step": step,
+            "identity": vars(self._identity),
+            "recipe_sha256": _digest(self._identity.recipe),
+            "layout": vars(self._layout),
+            "data": {name: value for name, value in rank_state.get("loader", {}).items() if name in ("images", "fingerprint")},
+            "loss_scale": loss_scale(engine),
+            "random": sorted(state["random"]),
+            "run": run_state,
+        }
+        state = self._host.of(state)
+        partial = self.folder.partial(step, self._token)
+        self._written = self._thread.submit(self._write, partial, state, begin)
+        if self._ranks.is_first:
+            self._committed = self._thread.submit(self._commit, partial, manifest, begin)
+        self.times.blocked = time.monotonic() - begin
 
-    def _save_backbone(self, engine, path: Path) -> None:
-        weights = full_backbone_weights(engine, self._ranks.group)
-        self._ranks.together(lambda: save_file(weights, path, metadata={"preset": self._preset}) if self._ranks.is_first else None)
+    @property
+    def failed(self) -> bool:
+        """Whether a file of this rank could not be written since the last :meth:`finish`, which will say so on all ranks."""
+        return any(future is not None and future.done() and future.exception() is not None for future in (self._written, self._committed))
 
-    def _commit(self, partial: Path, final: Path, manifest: dict[str, Any]) -> None:
-        replace_file(partial / "manifest.json", json.dumps({**manifest, "files": _describe(partial)}, indent=1))
-        if final.exists():  # damaged: a resume passed it over and came here again
-            _delete(final)
-        os.replace(partial, final)
-        sync_folder(self.folder)
-        self._point_to(final.name)
-        # Later ones were passed over as damaged; they do not count and are replaced when the run comes to their step.
-        for old in [name for name in self._names() if name <= final.name][: -self._keep_last]:
-            _delete(self.folder / old)
+    def finish(self) -> None:
+        """Wait until the checkpoint that was begun is committed.
 
-    def _point_to(self, name: str) -> None:
-        replace_file(self.folder / "latest", name + "\n")
+        Raises RankError on every rank if it could not be. Collectives: two gathers, where one was begun.
+        """
+        written, committed, self._written, self._committed = self._written, self._committed, None, None
+        if written is None:
+            return
+        try:
+            self._ranks.together(written.result)
+            self._ranks.together(lambda: committed.result() if committed else None)
+        except ValueError:
+            self._abandoned.set()
+            raise
+
+    def close(self) -> None:
+        """End the thread; a checkpoint that was not finished is given up."""
+        self._abandoned.set()
+        self._thread.shutdown()
+
+    def require_space(self, size: int) -> None:
+        """Raises RankError on every rank unless ``size`` more bytes of each rank fit on the file system. Collectives: two gathers."""
+        needed = sum(self._ranks.gather(size))
+
+        def check() -> None:
+            free = free_bytes(self.folder.path)
+            if free < needed:
+                raise CheckpointError(
+                    f"{self.folder.path}: a checkpoint of this run takes {needed / 1e9:.3f} GB, and {free / 1e9:.3f} GB are free; free "
+                    "some, keep fewer checkpoints (checkpoint.keep_last, keep_every_steps), or choose another output"
+                )
+
+        self._ranks.together(lambda: check() if self._ranks.is_first else None)
+
+    def _size(self, state: RankState, ema: BackboneEma | None) -> int:
+        """Bytes of this rank's files, about."""
+        own = tensor_bytes(state)
+        if self._ranks.is_first:
+            parameters = sum(torch.Size(shape).numel() for shape in state["engine"]["shapes"].values())
+            own += parameters * 4 * (2 if ema else 1)
+        return own
+
+    def _write(self, partial: Path, state: RankState, begin: float) -> None:
+        """This rank's file, and beside it what the manifest says of it, by which rank 0 knows that it is on the disk."""
+        name = file_name(self._ranks.rank)
+        with HashedFile(partial / name) as file:
+            torch.save(state, file)
+        replace_file(partial / f"{name}.json", json.dumps(file.description()))
+        self.times.written = time.monotonic() - begin
+
+    def _commit(self, partial: Path, manifest: Manifest, begin: float) -> None:
+        files = self._await_rank_files(partial)
+        rank_files = RankFiles(partial, self._ranks.world_size)
+        files[BACKBONE] = self._write_backbone(partial / BACKBONE, rank_files.backbone())
+        if rank_files.of(0)["ema"]:
+            files[BACKBONE_EMA] = self._write_backbone(partial / BACKBONE_EMA, rank_files.backbone("mean"))
+        score = self._score(partial / BACKBONE) if self._score else None
+        self.last = self.folder.commit(partial, {**manifest, "score": score, "files": files}, self._retention)
+        self.last_score = score
+        self.times.written = time.monotonic() - begin
+        scored = "" if score is None else f", score {score:.4f}"
+        self._ranks.say(f"checkpoint {self.last} ({self.times.written:.1f} s, of which training waited {self.times.blocked:.2f} s{scored})")
+
+    def _await_rank_files(self, partial: Path) -> dict[str, dict[str, Any]]:
+        """The manifest's entries of all ranks' files."""
+        files = {}
+        for rank in range(self._ranks.world_size):
+            description = partial / f"{file_name(rank)}.json"
+            while not description.exists():
+                if self._abandoned.wait(_POLL_S):
+                    raise CheckpointError(f"{partial}: given up, because another rank could not write its file")
+            files[file_name(rank)] = json.loads(description.read_text())
+            description.unlink()
+        return files
+
+    def _write_backbone(self, path: Path, weights: dict[str, Tensor]) -> dict[str, Any]:
+        fresh = path.with_name(f".{path.name}.new")
+        save_file(weights, fresh, metadata={"preset": self._preset})
+        with fresh.open("rb") as file:
+            os.fsync(file.fileno())
+            entry = {"bytes": fresh.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        os.replace(fresh, path)
+        return entry
 
     def newest(self) -> Path | None:
-        """The newest complete checkpoint, every file checked against the manifest; None if the run has none at all.
-
-        Those passed over are named with the reason. Raises RankError if there are checkpoints but none is complete.
-        Collectives: rank 0 reads, one gather and one broadcast.
-        """
-        name = self._ranks.together(lambda: self._find_newest() if self._ranks.is_first else None)
-        name = self._ranks.broadcast(name)
-        return self.folder / name if name else None
-
-    def _find_newest(self) -> str | None:
-        for stale in [*self.folder.glob("step_*.partial"), *self.folder.glob("step_*.deleted")]:
-            shutil.rmtree(stale, ignore_errors=True)
-        names = self._names()
-        for name in reversed(names):
-            problem = _problem(self.folder / name)
-            if problem is None:
-                self._point_to(name)  # a kill between a commit and its pointer leaves the old one
-                return name
-            self._ranks.say(f"passing over checkpoint {self.folder / name}: {problem}")
-        if names:
-            raise CheckpointError(
-                f"{self.folder}: no checkpoint here is complete ({len(names)} passed over, reasons above); "
-                "repair one, or start again with another output"
-            )
-        return None
-
-    def _names(self) -> list[str]:
-        return sorted(path.name for path in self.folder.glob("step_*") if _NAME.fullmatch(path.name))
+        """See :meth:`CheckpointFolder.newest`. Raises RankError. Collectives: rank 0 reads, one gather and one broadcast."""
+        newest = self._ranks.together(lambda: self.folder.newest() if self._ranks.is_first else None)
+        return self._ranks.broadcast(newest)
 
     def read(self, checkpoint: Path, *, branch: bool = False) -> Saved:
         """The checkpoint's state for this rank; with ``branch`` stages that had not begun may differ from this run's.
 
         Raises CheckpointError if it belongs to another run (see :class:`Identity`).
         """
-        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        manifest = read_manifest(checkpoint)
         begun = _stages_begun(manifest) if branch else None
         if branch and manifest["run"]["stages"]["index"] >= len(self._identity.recipe["stages"]):
             raise CheckpointError(f"{checkpoint}: the stages of this run end before it; keep only earlier checkpoints in the copy")
@@ -161,8 +261,9 @@ class Checkpoints:
                 f"{checkpoint} belongs to another run: {'; '.join(differences)}. Undo the change, or "
                 + ("keep only checkpoints before that stage in the copy" if branch else "start anew with another output")
             )
-        rank_state = torch.load(checkpoint / f"rank_{self._ranks.rank:05d}.pt", weights_only=True, map_location="cpu")
-        return Saved(checkpoint, manifest["step"], rank_state, manifest["run"])
+        old, rank, world_size = manifest["layout"], self._ranks.rank, self._ranks.world_size
+        files = RankFiles(checkpoint, old["world_size"], nearest=min(rank, old["world_size"] - 1))
+        return Saved(checkpoint, manifest["step"], files, files.state_for(rank, world_size), manifest["run"], self._layout.change(old))
 
 
 @dataclass(frozen=True)
@@ -171,94 +272,30 @@ class Saved:
 
     folder: Path
     step: int
-    rank_state: dict[str, Any]
-    run_state: dict[str, Any]
+    files: RankFiles = field(repr=False)
+    rank_state: RankState = field(repr=False)
+    run_state: dict[str, Any] = field(repr=False)
+    moved: str | None  # the layout of the run that saved it, if that is another one
 
-    def restore(self, engine, ema: BackboneEma | None) -> None:
+    def restore(self, engine, ema: BackboneEma | None, seed: int, rank: int) -> None:
         """Give the engine its weights and optimizer, this rank its BatchNorm statistics, random state and part of the mean weights.
 
-        Collectives: a gather of the low-precision weights.
+        At another world size the rank's generators are seeded anew, with ``seed``. Collectives: a gather of the low-precision weights.
         """
-        state = self.rank_state["engine"]
-        load_engine_state(engine, state, _own_pieces(state["pieces"]))
+        load_engine_state(engine, self.rank_state["engine"], self.files.piece, ema and ema.means)
         buffers = dict(engine.module.named_buffers())
         for key, saved in self.rank_state["buffers"].items():
             buffers[key].copy_(saved)
         if ema:
             ema.load_state(self.rank_state["ema"])
-        _restore_random_state(self.rank_state["rng"])
+        if self.rank_state["random"] is None:
+            seed_rank(seed, rank, self.step)
+        else:
+            restore_random_state(self.rank_state["random"])
 
 
-def _own_pieces(pieces: Pieces) -> Read:
-    def read(kind: str, name: str, start: int, stop: int) -> torch.Tensor:
-        piece = pieces[name]
-        return piece[kind][start - piece["start"] : stop - piece["start"]]
-
-    return read
-
-
-def _problem(checkpoint: Path) -> str | None:
-    """Why a folder is not a complete checkpoint."""
-    try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text())
-        found, step, files = manifest["format"], manifest["step"], manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"its manifest cannot be read ({error})"
-    if found != _FORMAT:
-        return f"its format is {found}, this version reads {_FORMAT}"
-    if checkpoint.name != f"step_{step:08d}":
-        return f"its manifest is of step {step}"
-    for name, expected in files.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, the manifest says {expected['bytes']}"
-        if _sha256(path) != expected["sha256"]:
-            return f"the SHA-256 of {name} is not the manifest's: its content has changed"
-    return None
-
-
-def _new_folder(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-def _describe(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file, each flushed to disk first."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in files:
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
-    for sub in {path.parent for path in files}:
-        sync_folder(sub)
-    return {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _delete(checkpoint: Path) -> None:
-    """Remove a checkpoint; a kill half-way leaves a folder that no longer has a checkpoint's name."""
-    doomed = checkpoint.with_name(checkpoint.name + ".deleted")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.replace(checkpoint, doomed)
-    shutil.rmtree(doomed)
-
-
-def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _restore_random_state(state: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _stages_begun(manifest: dict[str, Any]) -> int:

@@ -250,10 +250,13 @@ class GuardConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When to save. Stage ends and the end of the run always do."""
+    """When to save. Stage ends and the end of the run always do. Which to keep: all that any of the three asks for."""
 
     every_steps: PositiveInt | None = None  # optimizer steps; null: only at those ends
-    keep_last: PositiveInt = 3  # older ones are deleted
+    keep_last: PositiveInt = 3  # the newest ones
+    keep_every_steps: PositiveInt | None = None  # those of steps that are a multiple of it; null: none
+    keep_best: NonNegativeInt = 0  # those of the highest pair accuracy; needs eval.every_checkpoint
+    grace_s: PositiveFloat = 25.0  # seconds from a signal to stop until the process ends, whatever it does then; launchers kill after 30
 
 
 class MetricsConfig(Section):
@@ -269,6 +272,7 @@ class EvalConfig(Section):
 
     images: Path  # folder of aligned 112 x 112 images
     pairs: Path  # pairs.txt in LFW's format
+    every_checkpoint: bool = False  # of every checkpoint too, by rank 0, while training goes on
 
 
 class RunConfig(Section):
@@ -310,7 +314,7 @@ class RunConfig(Section):
         Left out: where things lie (output, data.path: the loader's fingerprint tells data sets apart), how a run is watched, guarded, saved
         and evaluated (resume, guard, metrics, checkpoint, eval), what is only checked (data.num_images, data.num_classes), and what changes
         speed alone (data.num_threads, model.activation_checkpointing) or when a run gives up (data.max_bad_records). A run that a guard
-        stopped may thus go on with another one.
+        stopped may thus go on with another one. The batch sections count as the images of a step, see train.build.
         """
         return self.model_dump(
             mode="json",

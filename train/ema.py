@@ -10,15 +10,12 @@ The bound on d is the usual warm-up (TensorFlow's ``ExponentialMovingAverage`` w
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from train.engine_state import local_masters
-
-_PIECE = 2**24  # elements exchanged at a time: 64 MiB
 
 
 class BackboneEma:
@@ -37,7 +34,7 @@ class BackboneEma:
         Raises: ConfigError if the masters are not in memory as float32.
         """
         self._engine, self.decay, self.updates = engine, decay, 0
-        self._masters = [master.detach().clone() for master in local_masters(engine)]
+        self.means = [master.detach().clone() for master in local_masters(engine)]
         self._buffers = {name: buffer.clone() for name, buffer in _float_buffers(engine.module).items()}
 
     @torch.no_grad()
@@ -48,53 +45,23 @@ class BackboneEma:
             mean.lerp_(value, 1 - decay)
         self.updates += 1
 
-    @contextmanager
-    def swapped_in(self) -> Iterator[None]:
-        """Inside, masters and BatchNorm statistics are the mean, as train.engine.full_backbone_weights reads them; afterwards, also after
-        an exception, they are what they were, bit for bit. Not for forward or step: the low-precision weights stay as they are.
-        """
-        self._exchange()
-        try:
-            yield
-        finally:
-            self._exchange()
-
     def state(self) -> dict[str, Any]:
-        """Everything a checkpoint must hold of this rank's mean; tensors are not copied."""
-        return {"updates": self.updates, "masters": self._masters, "buffers": self._buffers}
+        """What a checkpoint must hold of this rank's mean besides ``means``, which lie as the masters do; tensors are not copied."""
+        return {"updates": self.updates, "buffers": self._buffers}
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take over :meth:`state` of the same engine; ValueError, with nothing changed, if its tensors are of other sizes."""
-        mine, theirs = _sizes(self.state()), _sizes(state)
-        if mine != theirs:
-            raise ValueError(
-                f"the state of a mean of weights has tensors of {theirs}, this engine's has {mine}: it is of another partition"
-            )
+        """Take over :meth:`state`."""
         self.updates = state["updates"]
-        for mean, saved in zip(self._masters, state["masters"], strict=True):
-            mean.copy_(saved)
-        for name, saved in state["buffers"].items():
-            self._buffers[name].copy_(saved)
+        for name, mean in self._buffers.items():
+            mean.copy_(state["buffers"][name])
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(mean, present value) of every tensor. DeepSpeed is asked each time: it may put a master's data elsewhere."""
-        yield from zip(self._masters, local_masters(self._engine), strict=True)
+        yield from zip(self.means, local_masters(self._engine), strict=True)
         buffers = _float_buffers(self._engine.module)
         yield from ((mean, buffers[name]) for name, mean in self._buffers.items())
-
-    @torch.no_grad()
-    def _exchange(self) -> None:
-        for pair in self._pairs():
-            for mean, value in zip(*(tensor.view(-1).split(_PIECE) for tensor in pair), strict=True):
-                kept = value.clone()
-                value.copy_(mean)
-                mean.copy_(kept)
 
 
 def _float_buffers(module: torch.nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}
-
-
-def _sizes(state: dict[str, Any]) -> list[int]:
-    return [tensor.numel() for tensor in (*state["masters"], *state["buffers"].values())]

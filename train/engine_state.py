@@ -7,7 +7,7 @@ checkpoint does neither.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,20 +71,27 @@ def fragments(engine) -> Iterator[Fragment]:
             yield Fragment(name, part.start, part.numel, mapping.param_group_index, place.start)
 
 
-def engine_state(engine) -> dict[str, Any]:
+def engine_state(engine, means: Sequence[Tensor] | None = None) -> dict[str, Any]:
     """This rank's pieces, and what is equal on all ranks; tensors are not copied.
 
     Before the first step that was applied there are no moments.
+
+    Args:
+        means: of each master another tensor laid out alike, kept as the kind ``mean`` (see train.ema).
     """
     masters, torch_optimizer = local_masters(engine), engine.optimizer.optimizer
     moments = [{key: value for key, value in torch_optimizer.state[master].items() if _is_moment(value, master)} for master in masters]
+    flats = [{"master": master, **moment} for master, moment in zip(masters, moments, strict=True)]
+    for flat, mean in zip(flats, means or (), strict=means is not None):
+        flat["mean"] = mean
     pieces: Pieces = {}
     for fragment in fragments(engine):
-        flats = {"master": masters[fragment.index], **moments[fragment.index]}
-        pieces[fragment.name] = {"start": fragment.start, **{kind: fragment.of(flat) for kind, flat in flats.items()}}
+        of_kind = {kind: fragment.of(flat) for kind, flat in flats[fragment.index].items()}
+        pieces[fragment.name] = {"start": fragment.start, **of_kind}
     others = {key: value for key, value in torch_optimizer.state[masters[0]].items() if not _is_moment(value, masters[0])}
     return {
         "pieces": pieces,
+        "shapes": {name: list(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in engine.module.named_parameters()},
         "moments": list(moments[0]),
         "optimizer": others,  # the step count, as the optimizer has it
         "groups": [group.get("step") for group in torch_optimizer.param_groups],  # where apex and DeepSpeed's fused Adam count
@@ -94,19 +101,22 @@ def engine_state(engine) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def load_engine_state(engine, state: dict[str, Any], read: Read) -> None:
-    """Take over masters and moments as ``read`` has them, and the rest of ``state``, which any rank of any number may have made.
+def load_engine_state(engine, state: dict[str, Any], read: Read, means: Sequence[Tensor] | None = None) -> None:
+    """Take over masters, moments and ``means`` as ``read`` has them, and the rest of ``state``, which any rank of any number may have made.
 
     Collectives: a gather of the low-precision weights.
     """
     masters, torch_optimizer = local_masters(engine), engine.optimizer.optimizer
     flats = []  # of each master {kind: tensor}
     for master in masters:
+        torch_optimizer.state.pop(master, None)
         moments = {kind: torch.zeros_like(master) for kind in state["moments"]}
         if moments:
             others = {key: _like(value, master) for key, value in state["optimizer"].items()}
             torch_optimizer.state[master] = {**others, **moments}
         flats.append({"master": master, **moments})
+    for flat, mean in zip(flats, means or (), strict=means is not None):
+        flat["mean"] = mean
     for fragment in fragments(engine):
         for kind, flat in flats[fragment.index].items():
             fragment.of(flat).copy_(read(kind, fragment.name, fragment.start, fragment.start + fragment.count))

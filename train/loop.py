@@ -9,7 +9,7 @@ from train.run import Run
 
 
 def train(run: Run) -> None:
-    """Take optimizer steps until the last stage is over, from wherever ``run.step`` stands.
+    """Take optimizer steps until the last stage is over, from wherever ``run.step`` stands, and see the last checkpoint committed.
 
     The head's fate is the engine's: if the engine skipped the step (a gradient was not finite on some rank), no center and no expectation
     moves either.
@@ -51,5 +51,8 @@ def train(run: Run) -> None:
         if run.checkpoint_due():
             with phase("checkpoint"):
                 run.save()  # with head and data as the stage left them: what comes next may be changed (resume=branch)
+        run.heed()
         if over:
             run.enter_stage()
+    with phase("checkpoint"):
+        run.checkpoints.finish()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from data_pipeline.output import replace_file
 from train.ds_config import DeepSpeedSummary
 from train.metrics import StepRecord
 from train.stages import Stage
@@ -13,11 +14,14 @@ if TYPE_CHECKING:
     from eval.pairs import PairReport
     from train.run import Run
 
+SUMMARY = "summary.json"  # in the output of a run that is complete, and of no other
+
 
 def announce(run: Run, ds_config: dict, summary: DeepSpeedSummary) -> None:
     """Write both resolved configs beside the checkpoints and print what is about to run. Collectives: a gather of the metrics ports."""
     cfg, ranks, batches = run.cfg, run.ranks, run.batches
     if ranks.is_first:
+        (cfg.output / SUMMARY).unlink(missing_ok=True)
         (cfg.output / "recipe.yaml").write_text(cfg.to_yaml())
         (cfg.output / "ds_config.json").write_text(json.dumps(ds_config, indent=1) + "\n")
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in run.engine.module.parameters())
@@ -88,7 +92,7 @@ def write_summary(run: Run, pairs: PairReport | None, pairs_ema: PairReport | No
             rows.append((name, text))
     if run.metrics.port:
         rows.append(("metrics", f"were served at http://{cfg.metrics.host}:{run.metrics.port}/metrics"))
-    rows += [("log", str(cfg.output / "metrics.jsonl")), ("checkpoint", str(run.last_checkpoint))]
+    rows += [("log", str(cfg.output / "metrics.jsonl")), ("checkpoint", str(run.checkpoints.last))]
     width = max(len(name) for name, _ in rows)
     print("\ndone", *(f"  {name:<{width}}  {text}" for name, text in rows), sep="\n", flush=True)
     outcome = {
@@ -98,9 +102,9 @@ def write_summary(run: Run, pairs: PairReport | None, pairs_ema: PairReport | No
         "stage_losses": {stage: {"start": start, "end": end} for stage, (start, end) in losses.items()},
         "pairs": _pairs_summary(pairs),
         "pairs_ema": _pairs_summary(pairs_ema),
-        "checkpoint": str(run.last_checkpoint),
+        "checkpoint": str(run.checkpoints.last),
     }
-    (cfg.output / "summary.json").write_text(json.dumps(outcome, indent=1) + "\n")
+    replace_file(cfg.output / SUMMARY, json.dumps(outcome, indent=1) + "\n")
 
 
 def _pairs_summary(report: PairReport | None) -> dict[str, float] | None:

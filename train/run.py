@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TextIO
 
 import torch
@@ -24,6 +23,7 @@ from train.guard import Guard
 from train.metrics import Metrics, PhaseTimer, StepRecord
 from train.report import progress_line, stage_line
 from train.stages import Stage, StageLosses, StageManager
+from train.stop import Flags, Stopped, StopRequests
 
 
 @dataclass
@@ -85,10 +85,12 @@ class Run:
     metrics: Metrics
     timer: PhaseTimer
     lock: TextIO | None  # on rank 0, open as long as the run writes to its output
+    stop: StopRequests
+    flags: Flags
     losses: StageLosses = field(default_factory=StageLosses)
     step: int = 0  # completed optimizer steps
     window: _Window = field(default_factory=_Window)
-    last_checkpoint: Path | None = None
+    saved_step: int | None = None  # of the newest checkpoint that this process began, or went on from
     images_trained: int = 0  # over all ranks, without the current window
     seconds_trained: float = 0.0
 
@@ -167,9 +169,9 @@ class Run:
         return self.step in (self.stages.start, self.stages.total_steps) or (every is not None and self.step % every == 0)
 
     def save(self) -> None:
-        """Commit a checkpoint of this step. Collectives: see Checkpoints.save."""
+        """Begin a checkpoint of this step. Collectives: see Checkpoints.save."""
         begin = time.monotonic()
-        rank_state = {"head": self.head.state(), "loader": self.batches.state()}
+        rank_state = {"head": self.head.state(), "num_classes": self.head.num_classes, "loader": self.batches.state()}
         run_state = {
             "stage": self.stages.stage.name,
             "stages": self.stages.state(),
@@ -179,22 +181,41 @@ class Run:
             "window": self.window.state(),
             "trained": {"images": self.images_trained, "seconds": self.seconds_trained},
         }
-        self.last_checkpoint = self.checkpoints.save(self.step, self.engine, self.ema, rank_state, run_state)
-        self.ranks.say(f"checkpoint {self.last_checkpoint}")
-        self.window.start += time.monotonic() - begin  # throughput is of training; saving is not counted
+        self.checkpoints.save(self.step, self.engine, self.ema, rank_state, run_state)
+        self.saved_step = self.step
+        self.window.start += time.monotonic() - begin  # throughput is of training; what a save makes it wait is not counted
+
+    def heed(self) -> None:
+        """Between two steps: end the run, if any rank has been asked to stop or could not write its part of a checkpoint.
+
+        Raises: Stopped, with a checkpoint of this step; RankError. On every rank at the same step, the one after the cause.
+        Collectives: those of Flags.exchange; at the end a save and a gather.
+        """
+        stop, failed = self.flags.exchange(self.stop.reason is not None, self.checkpoints.failed)
+        if failed:
+            self.checkpoints.finish()
+        if stop:
+            if self.saved_step != self.step:
+                self.save()
+            self.checkpoints.finish()
+            reasons = self.ranks.gather(self.stop.reason)
+            why = "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)
+            raise Stopped(f"stopped at step {self.step} ({why}); its checkpoint is complete, start again to go on from it")
 
     def resume(self, saved: Saved) -> None:
-        """Go on from a checkpoint. The loader was opened at its cursor already. Collectives: DeepSpeed's load."""
-        saved.restore(self.engine, self.ema)
+        """Go on from a checkpoint. The loader was opened at its cursor already. Collectives: a gather of the low-precision weights."""
+        saved.restore(self.engine, self.ema, self.cfg.seed, self.ranks.rank)
         self.head.load_state(saved.rank_state["head"])
         self.guard.load_state(saved.run_state["guard"])
         self.losses.load_state(saved.run_state["losses"])
         self.window = _Window.from_state(saved.run_state["window"], self.ranks.device)
         trained = saved.run_state["trained"]
         self.step, self.images_trained, self.seconds_trained = saved.step, trained["images"], trained["seconds"]
-        self.last_checkpoint = saved.folder
+        self.saved_step, self.checkpoints.last = saved.step, saved.folder
 
     def close(self) -> None:
+        self.flags.close()
+        self.checkpoints.close()
         self.metrics.close()
         if self.lock:
             self.lock.close()

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from model.class_shard import ClassShard, initial_centers
 from model.partial_fc import PartialFC
 from model.vit import build_vit
+from tests.gathered import full_backbone_weights
 from tests.ranks import run_ranks
 from tests.reference import adamw_reference, head_reference, relative_error
 from train.config import OptimizerConfig
-from train.engine import build_engine, build_optimizer, full_backbone_weights, set_learning_rate
+from train.engine import build_engine, build_optimizer, set_learning_rate
 
 STEPS, BATCH, CLASSES, D, SEED = 10, 32, 37, 16, 4
 LR, WEIGHT_DECAY, EPS, CLIP = 5e-4, 0.05, 1e-3, 1.0

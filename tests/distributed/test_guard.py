@@ -14,12 +14,13 @@ from data_pipeline.pack import pack
 from data_pipeline.recordio import RecordReader
 from model.partial_fc import PartialFC
 from model.vit import build_vit
+from tests.gathered import full_backbone_weights
 from tests.ranks import run_ranks
 from tests.unit.record_sets import image_folder
 from train.config import GuardConfig, RunConfig
 from train.dist import RankError, Ranks
 from train.ds_config import load_ds_config
-from train.engine import build_engine, build_optimizer, full_backbone_weights
+from train.engine import build_engine, build_optimizer
 from train.guard import Guard
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"

@@ -8,10 +8,11 @@ import torch.distributed as dist
 
 from model.partial_fc import PartialFC
 from model.vit import build_vit
+from tests.gathered import full_backbone_weights
 from tests.ranks import run_ranks
 from train.config import RunConfig
 from train.ds_config import load_ds_config
-from train.engine import build_engine, build_optimizer, full_backbone_weights
+from train.engine import build_engine, build_optimizer
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 D, CLASSES, BATCH = 16, 12, 4

@@ -107,7 +107,7 @@ def check_resume(ds_config, kill, shards, finished, tmp_path, **changes):
         run_ranks(2, train_on_rank, recipe, ds_config, (), kill)
     assert run_ranks(2, train_on_rank, recipe, ds_config) == [8, 8]
     assert losses(output) == losses(expected)
-    assert not list(output.glob("checkpoints/*.partial"))
+    assert not list(output.glob("checkpoints/*.partial*"))
     backbone = "checkpoints/step_00000008/backbone.safetensors"
     assert (output / backbone).read_bytes() == (expected / backbone).read_bytes()
     for rank in range(2):
@@ -182,7 +182,6 @@ def test_a_run_whose_checkpoints_are_all_damaged_stops_instead_of_starting_again
     ("overrides", "ds_config", "expected"),
     [
         (["optimizer.lr=0.5"], "zero1_fp32.json", "recipe.optimizer.lr: this run has 0.5, the checkpoint 0.001"),
-        ([], "zero2_fp32.json", "zero_stage: this run has 2, the checkpoint 1"),
         ([], "zero1_bf16.json", "precision: this run has bf16, the checkpoint fp32"),
         (["resume=never"], "zero1_fp32.json", "this output has a checkpoint, and resume=never"),
         (["resume=required", "output={empty}"], "zero1_fp32.json", "no checkpoint to resume from, and resume=required"),
@@ -258,10 +257,10 @@ def test_only_stages_that_have_not_begun_may_differ_and_only_in_a_branch(overrid
         assert expected in answer
 
 
-def test_another_world_size_is_refused_with_both_values(shards, finished, tmp_path):
+def test_another_global_batch_is_refused_with_both_values(shards, finished, tmp_path):
     recipe = write_recipe(tmp_path / "recipe.yaml", shards, finished("zero1_fp32.json"))
     (answer,) = run_ranks(1, resumed_from, recipe, "zero1_fp32.json", ())
-    assert "world_size: this run has 1, the checkpoint 2" in answer
+    assert "recipe.stages.0.batch.images: this run has 16, the checkpoint 32" in answer
 
 
 def test_only_the_last_checkpoints_are_kept_and_the_pointer_names_the_newest(shards, tmp_path):

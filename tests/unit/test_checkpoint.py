@@ -1,68 +1,28 @@
-"""The commit protocol's parts that need no engine."""
+"""What a checkpoint compares, and the lock of the output folder."""
 
-import hashlib
 import json
 
 import pytest
 
 from train.build import _lock
-from train.checkpoint import CheckpointError, Checkpoints, Identity, _problem
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    folder = tmp_path / "step_00000007"
-    folder.mkdir()
-    (folder / "a.pt").write_bytes(b"weights")
-    files = {"a.pt": {"bytes": 7, "sha256": hashlib.sha256(b"weights").hexdigest()}}
-    (folder / "manifest.json").write_text(json.dumps({"format": 3, "step": 7, "files": files}))
-    return folder
-
-
-def test_a_checkpoint_whose_files_match_the_manifest_is_complete(checkpoint):
-    assert _problem(checkpoint) is None
-
-
-def manifest(text):
-    return lambda folder: (folder / "manifest.json").write_text(text)
-
-
-@pytest.mark.parametrize(
-    ("damage", "expected"),
-    [
-        (lambda folder: (folder / "a.pt").unlink(), "a.pt is missing"),
-        (lambda folder: (folder / "a.pt").write_bytes(b"weight"), "a.pt has 6 bytes, the manifest says 7"),
-        (lambda folder: (folder / "a.pt").write_bytes(b"wEights"), "the SHA-256 of a.pt is not the manifest's"),
-        (lambda folder: (folder / "manifest.json").unlink(), "its manifest cannot be read"),
-        (manifest('{"files'), "its manifest cannot be read"),
-        (manifest("[]"), "its manifest cannot be read"),
-        (manifest('{"format": 9, "step": 7, "files": {}}'), "its format is 9, this version reads 3"),
-        (manifest('{"format": 3, "step": 8, "files": {}}'), "its manifest is of step 8"),
-    ],
-)
-def test_every_damage_is_named(damage, expected, checkpoint):
-    damage(checkpoint)
-    assert expected in _problem(checkpoint)
+from train.checkpoint import Identity, Layout
+from train.checkpoint_folder import CheckpointError
 
 
 def test_differences_name_the_nested_key_and_both_values():
-    mine = Identity(2, 1, "fp32", {"optimizer": {"lr": 0.1}, "stages": [{"name": "a"}]}, {})
-    saved = json.loads(json.dumps(vars(Identity(4, 1, "fp32", {"optimizer": {"lr": 0.2}, "stages": [{"name": "a"}]}, {}))))
+    mine = Identity("fp32", {"optimizer": {"lr": 0.1}, "stages": [{"name": "a"}]}, {})
+    saved = json.loads(json.dumps(vars(Identity("bf16", {"optimizer": {"lr": 0.2}, "stages": [{"name": "a"}]}, {}))))
     assert mine.differences(saved) == [
+        "precision: this run has fp32, the checkpoint bf16",
         "recipe.optimizer.lr: this run has 0.1, the checkpoint 0.2",
-        "world_size: this run has 2, the checkpoint 4",
     ]
     assert mine.differences(json.loads(json.dumps(vars(mine)))) == []
 
 
-def test_pruning_keeps_good_checkpoints_and_leaves_later_ones_that_were_passed_over(tmp_path):
-    checkpoints = Checkpoints(tmp_path, ranks=None, identity=None, keep_last=2, preset="vit_t")
-    for name in ("step_00000001", "step_00000002", "step_00000009", "step_00000003.partial"):
-        (tmp_path / name).mkdir()
-    checkpoints._commit(tmp_path / "step_00000003.partial", tmp_path / "step_00000003", {"format": 3, "step": 3})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000002", "step_00000003", "step_00000009"]
-    assert (tmp_path / "latest").read_text() == "step_00000003\n"
-    assert _problem(tmp_path / "step_00000003") is None
+def test_another_layout_is_told():
+    layout = Layout(2, 1, [8, 4])
+    assert layout.change({"world_size": 2, "zero_stage": 1, "micro_batch_sizes": [8, 4]}) is None
+    assert layout.change({"world_size": 4, "zero_stage": 3, "micro_batch_sizes": [4, 2]}) == "4 ranks, ZeRO 3, micro-batches of 4, 2"
 
 
 def test_a_second_run_in_the_same_output_is_refused(tmp_path):

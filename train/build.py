@@ -105,6 +105,7 @@ def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks:
     run = Run(cfg, ranks, batches, opening, engine, ema, head, guard, stages, checkpoints, metrics, timer, lock, stop, flags)
     if saved:
         run.resume(saved)
+    run.require_space()
     announce(run, ds_config, summary)
     return run
 

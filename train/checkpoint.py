@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import secrets
 import threading
@@ -33,7 +34,7 @@ from train.checkpoint_folder import (
 from train.dist import Ranks
 from train.ema import BackboneEma
 from train.engine import loss_scale
-from train.engine_state import engine_state, load_engine_state
+from train.engine_state import engine_state, load_engine_state, local_masters
 from train.host_copy import HostCopy, tensor_bytes
 from train.random_state import random_state, restore_random_state, seed_rank
 from train.rank_files import RankFiles, RankState, file_name
@@ -75,11 +76,14 @@ class Layout:
 
 
 @dataclass
-class SaveTimes:
-    """Of the newest checkpoint, on this rank; seconds."""
+class SaveReport:
+    """How the newest save went on this rank; NaN before it. What only rank 0 knows is NaN on the others."""
 
-    blocked: float = 0.0  # in which training stood still
-    written: float = 0.0  # from its begin until this rank's file, on rank 0 the whole checkpoint, was on the disk
+    blocked_seconds: float = math.nan  # in which training stood still
+    write_seconds: float = math.nan  # from its begin until this rank's file, on rank 0 the whole checkpoint, was on the disk
+    step: float = math.nan  # of the newest committed checkpoint; rank 0
+    score: float = math.nan  # its; rank 0
+    free_bytes: float = math.nan  # on its file system afterwards; rank 0
 
 
 class Checkpoints:
@@ -102,15 +106,15 @@ class Checkpoints:
 
         Collectives: one broadcast.
         """
-        self.folder, self.times = CheckpointFolder(folder, ranks.say), SaveTimes()
-        self.last: Path | None = None  # the newest that this process committed (rank 0) or knows to be
-        self.last_score: float | None = None
+        self.folder, self.report = CheckpointFolder(folder, ranks.say), SaveReport()
+        self.last: Path | None = None  # the newest that this process committed (on rank 0) or went on from
         self._ranks, self._identity, self._layout, self._retention = ranks, identity, layout, retention
         self._preset, self._score = preset, score
         self._token = ranks.broadcast(secrets.token_hex(4))
         self._host = HostCopy()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._abandoned = threading.Event()
+        self._size = 0  # bytes of the next checkpoint
         self._written: Future | None = None  # this rank's file
         self._committed: Future | None = None  # on rank 0: all of it
 
@@ -122,10 +126,11 @@ class Checkpoints:
             run_state: JSON values that are equal on all ranks; rank 0's are kept.
 
         Raises RankError on every rank if the save before failed, or there is no room for this one. Collectives: two gathers, and those of
-        finish.
+        finish and require_space.
         """
         begin = time.monotonic()
         self.finish()
+        self.require_space(engine, ema, rank_state)
         state = {
             **rank_state,
             "engine": engine_state(engine, ema and ema.means),
@@ -133,7 +138,6 @@ class Checkpoints:
             "ema": ema and ema.state(),
             "random": random_state(self._ranks.device),
         }
-        self.require_space(self._size(state, ema))
         self._ranks.together(lambda: self.folder.new_partial(step, self._token) if self._ranks.is_first else None)
         manifest = {
             "step": step,
@@ -150,7 +154,7 @@ class Checkpoints:
         self._written = self._thread.submit(self._write, partial, state, begin)
         if self._ranks.is_first:
             self._committed = self._thread.submit(self._commit, partial, manifest, begin)
-        self.times.blocked = time.monotonic() - begin
+        self.report.blocked_seconds = time.monotonic() - begin
 
     @property
     def failed(self) -> bool:
@@ -177,35 +181,37 @@ class Checkpoints:
         self._abandoned.set()
         self._thread.shutdown()
 
-    def require_space(self, size: int) -> None:
-        """Raises RankError on every rank unless ``size`` more bytes of each rank fit on the file system. Collectives: two gathers."""
-        needed = sum(self._ranks.gather(size))
+    def require_space(self, engine, ema: BackboneEma | None, rank_state: RankState) -> None:
+        """Raises RankError on every rank unless the next checkpoint fits on the file system. Collectives: two gathers."""
+        own = tensor_bytes(rank_state) + 4 * (4 if ema else 3) * sum(master.numel() for master in local_masters(engine))
+        backbone = 4 * (2 if ema else 1) * sum(getattr(weight, "ds_numel", weight.numel()) for weight in engine.module.parameters())
+        self._size = sum(self._ranks.gather(own)) + backbone
 
         def check() -> None:
             free = free_bytes(self.folder.path)
-            if free < needed:
+            if free < self._size:
                 raise CheckpointError(
-                    f"{self.folder.path}: a checkpoint of this run takes {needed / 1e9:.3f} GB, and {free / 1e9:.3f} GB are free; free "
-                    "some, keep fewer checkpoints (checkpoint.keep_last, keep_every_steps), or choose another output"
+                    f"{self.folder.path}: a checkpoint of this run takes {_gb(self._size)}, and {_gb(free)} are free; free some, keep "
+                    "fewer (checkpoint.keep_last, keep_every_steps, keep_best), or choose another output"
                 )
 
         self._ranks.together(lambda: check() if self._ranks.is_first else None)
 
-    def _size(self, state: RankState, ema: BackboneEma | None) -> int:
-        """Bytes of this rank's files, about."""
-        own = tensor_bytes(state)
-        if self._ranks.is_first:
-            parameters = sum(torch.Size(shape).numel() for shape in state["engine"]["shapes"].values())
-            own += parameters * 4 * (2 if ema else 1)
-        return own
-
     def _write(self, partial: Path, state: RankState, begin: float) -> None:
         """This rank's file, and beside it what the manifest says of it, by which rank 0 knows that it is on the disk."""
-        name = file_name(self._ranks.rank)
-        with HashedFile(partial / name) as file:
-            torch.save(state, file)
-        replace_file(partial / f"{name}.json", json.dumps(file.description()))
-        self.times.written = time.monotonic() - begin
+        path = partial / file_name(self._ranks.rank)
+        file = HashedFile(path)
+        try:
+            with file:
+                torch.save(state, file)
+            replace_file(path.with_name(f"{path.name}.json"), json.dumps(file.description()))
+        except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of what the file raises
+            reason = file.error or error
+            raise CheckpointError(
+                f"{path}: cannot be written ({getattr(reason, 'strerror', None) or reason}; {_gb(free_bytes(partial))} are free); the "
+                "checkpoints before it are whole: mend that and start again"
+            ) from error
+        self.report.write_seconds = time.monotonic() - begin
 
     def _commit(self, partial: Path, manifest: Manifest, begin: float) -> None:
         files = self._await_rank_files(partial)
@@ -215,10 +221,13 @@ class Checkpoints:
             files[BACKBONE_EMA] = self._write_backbone(partial / BACKBONE_EMA, rank_files.backbone("mean"))
         score = self._score(partial / BACKBONE) if self._score else None
         self.last = self.folder.commit(partial, {**manifest, "score": score, "files": files}, self._retention)
-        self.last_score = score
-        self.times.written = time.monotonic() - begin
+        free, report = free_bytes(self.last), self.report
+        report.write_seconds, report.step, report.free_bytes = time.monotonic() - begin, manifest["step"], free
+        report.score = math.nan if score is None else score
         scored = "" if score is None else f", score {score:.4f}"
-        self._ranks.say(f"checkpoint {self.last} ({self.times.written:.1f} s, of which training waited {self.times.blocked:.2f} s{scored})")
+        self._ranks.say(f"checkpoint {self.last} ({report.write_seconds:.1f} s, training waited {report.blocked_seconds:.2f} s{scored})")
+        if free < self._size:
+            self._ranks.say(f"warning: {_gb(free)} are free in {self.folder.path}, and the next checkpoint takes {_gb(self._size)}")
 
     def _await_rank_files(self, partial: Path) -> dict[str, dict[str, Any]]:
         """The manifest's entries of all ranks' files."""
@@ -241,9 +250,9 @@ class Checkpoints:
         os.replace(fresh, path)
         return entry
 
-    def newest(self) -> Path | None:
+    def newest(self, before: int | None = None) -> Path | None:
         """See :meth:`CheckpointFolder.newest`. Raises RankError. Collectives: rank 0 reads, one gather and one broadcast."""
-        newest = self._ranks.together(lambda: self.folder.newest() if self._ranks.is_first else None)
+        newest = self._ranks.together(lambda: self.folder.newest(before) if self._ranks.is_first else None)
         return self._ranks.broadcast(newest)
 
     def read(self, checkpoint: Path, *, branch: bool = False) -> Saved:
@@ -292,6 +301,10 @@ class Saved:
             seed_rank(seed, rank, self.step)
         else:
             restore_random_state(self.rank_state["random"])
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.3f} GB"
 
 
 def _digest(value: Any) -> str:

@@ -101,8 +101,10 @@ class CheckpointFolder:
             delete(self.path / step_name(step))
         return final
 
-    def newest(self) -> Path | None:
+    def newest(self, before: int | None = None) -> Path | None:
         """The newest complete checkpoint, every file compared with its manifest; None if there is none at all.
+
+        ``before``: of those of fewer steps. Later ones are deleted once such a one is found: the run came to nothing there.
 
         Those passed over are named with the reason, and so is a pointer that does not lead to it; it then does. What a killed run left
         half-written or half-deleted is removed.
@@ -111,11 +113,14 @@ class CheckpointFolder:
         """
         for stale in [*self.path.glob("step_*.partial*"), *self.path.glob("step_*.deleted")]:
             shutil.rmtree(stale, ignore_errors=True)
-        names = [step_name(step) for step in self._steps()]
+        later = [step for step in self._steps() if before is not None and step >= before]
+        names = [step_name(step) for step in self._steps() if step not in later]
         for name in reversed(names):
             problem = problem_of(self.path / name)
             if problem is None:
                 self._mend_pointer(name)
+                for step in later:
+                    delete(self.path / step_name(step))
                 return self.path / name
             self._say(f"passing over checkpoint {self.path / name}: {problem}")
         if names:
@@ -123,6 +128,8 @@ class CheckpointFolder:
                 f"{self.path}: no checkpoint here is complete ({len(names)} passed over, reasons above); "
                 "repair one, or start again with another output"
             )
+        if before is not None:
+            return None
         if (self.path / POINTER).is_symlink() or (self.path / POINTER).exists():
             raise CheckpointError(
                 f"{self.path}: {POINTER} says that there was a checkpoint, but there is none; bring the checkpoints back, or remove "
@@ -211,6 +218,7 @@ class HashedFile:
         self._path, self._hash, self._bytes = path, hashlib.sha256(), 0
         self._fresh = path.with_name(f".{path.name}.new")
         self._file: BinaryIO
+        self.error: OSError | None = None  # of a write, which the writer may have made something else of
 
     def __enter__(self) -> HashedFile:
         self._file = self._fresh.open("wb")
@@ -219,7 +227,11 @@ class HashedFile:
     def write(self, content: bytes | memoryview) -> int:
         self._hash.update(content)
         self._bytes += memoryview(content).nbytes
-        return self._file.write(content)
+        try:
+            return self._file.write(content)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self._file.flush()

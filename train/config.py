@@ -245,7 +245,10 @@ class StageConfig(Section):
 class GuardConfig(Section):
     """What a run does about steps that go wrong. A step whose gradient is not finite on any rank is always skipped on all."""
 
-    max_skipped: PositiveInt = 50  # steps in a row that are skipped before the run stops; fp16 finds its loss scale within 20
+    max_skipped: PositiveInt = 50  # steps in a row that are skipped before the run gives up; fp16 finds its loss scale within 20
+    # What it does then. stop: end with an error. rollback: go back to the newest checkpoint from before them, and on with other images.
+    then: Literal["stop", "rollback"] = "stop"
+    max_rollbacks: PositiveInt = 3  # more end the run
     spike_factor: Annotated[float, Field(gt=1)] | None = None  # a loss above this times its running mean is skipped as well; null: none is
 
 

@@ -84,6 +84,7 @@ class Guard:
         self._applied = 0  # steps of the stage
         self._mean: Tensor | None = None  # float32 scalar: the running mean of the loss
         self._skips: list[Skip] = []  # in a row, up to now
+        self._rollbacks = 0
         self._first_window: float | None = None  # loss
         self._stall_judged = False
 
@@ -105,7 +106,7 @@ class Guard:
         return loss * torch.where(spiked, math.nan, 1.0)
 
     def after_step(self, step: int, loss: Tensor, applied: bool, not_finite_ranks: Callable[[], list[int]]) -> None:
-        """Take note of an optimizer step.
+        """Take note of an optimizer step; afterwards :attr:`rollback_before` says whether to go back.
 
         Args:
             step: steps taken so far, this one included.
@@ -115,7 +116,8 @@ class Guard:
                 all of them, if the step was skipped.
 
         Raises:
-            RankError: guard.max_skipped steps in a row were skipped; or a record's name or the file could not be had. On every rank.
+            RankError: guard.max_skipped steps in a row were skipped, and the recipe or an overflow of fp16 (whose cause the checkpoint
+                would share) says stop; or a record's name or the file could not be had. On every rank.
 
         Collectives: after a skipped step those of ``not_finite_ranks`` and, unless fp16 overflowed, three gathers.
         """
@@ -134,8 +136,24 @@ class Guard:
         self._skips.append(skip)
         if not skip.is_routine:
             self._report(skip, [micro_batches[i].records for i in to_blame])
-        if len(self._skips) >= self._config.max_skipped:
-            raise RankError(stop_text(self._skips, self._file))
+        if len(self._skips) >= self._config.max_skipped and not self.rollback_before:
+            used_up = f"{self._rollbacks} rollbacks have not helped. " if self._rollbacks else ""
+            raise RankError(used_up + stop_text(self._skips, self._file))
+
+    @property
+    def rollback_before(self) -> int | None:
+        """The step to go back beyond, the first of those that were skipped in a row; None as long as the run may go on."""
+        rolls = self._config.then == "rollback" and self._rollbacks < self._config.max_rollbacks
+        if not rolls or len(self._skips) < self._config.max_skipped or all(skip.is_routine for skip in self._skips):
+            return None
+        return self._skips[0].step
+
+    def rolled_back(self, state: dict[str, Any]) -> str:
+        """Go on from a :meth:`state` of before the skipped steps; returns what to tell."""
+        rollbacks, skips = self._rollbacks + 1, self._skips
+        self.load_state({**state, "rollbacks": rollbacks})
+        first, last = skips[0], skips[-1]
+        return f"steps {first.step} to {last.step} were all skipped ({last.reason}): rollback {rollbacks} of {self._config.max_rollbacks}"
 
     def after_window(self, loss: float, epochs_after_warmup: float) -> None:
         """Say once that the loss has not moved: in the first log window that ends an epoch after the warm-up or later.
@@ -161,6 +179,7 @@ class Guard:
             "applied": self._applied,
             "mean": None if self._mean is None else float(self._mean),
             "skips": [asdict(skip) for skip in self._skips],
+            "rollbacks": self._rollbacks,
             "first_window": self._first_window,
             "stall_judged": self._stall_judged,
         }
@@ -169,7 +188,7 @@ class Guard:
         """Go on from :meth:`state`."""
         self._stage, self._applied = state["stage"], state["applied"]
         self._mean = None if state["mean"] is None else torch.tensor(state["mean"], dtype=torch.float32, device=self._ranks.device)
-        self._skips = [Skip(**skip) for skip in state["skips"]]
+        self._skips, self._rollbacks = [Skip(**skip) for skip in state["skips"]], state["rollbacks"]
         self._first_window, self._stall_judged = state["first_window"], state["stall_judged"]
 
     def _report(self, skip: Skip, records: Sequence[Callable[[], list[str]]]) -> None:

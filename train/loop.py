@@ -52,6 +52,9 @@ def train(run: Run) -> None:
             with phase("checkpoint"):
                 run.save()  # with head and data as the stage left them: what comes next may be changed (resume=branch)
         run.heed()
+        if run.guard.rollback_before:
+            run.roll_back(run.guard.rollback_before)
+            continue
         if over:
             run.enter_stage()
     with phase("checkpoint"):

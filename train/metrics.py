@@ -90,6 +90,29 @@ TABLE = (
         ("phase",),
     ),
     MetricSpec("lvface_eta_seconds", "gauge", "seconds", "Time to the end of the run at the present throughput", "eta_seconds"),
+    MetricSpec("lvface_checkpoint_step", "gauge", "steps", "Step of the newest complete checkpoint; rank 0 alone", "checkpoint_step"),
+    MetricSpec(
+        "lvface_checkpoint_blocked_seconds",
+        "gauge",
+        "seconds",
+        "Time for which the newest checkpoint held up training",
+        "checkpoint_blocked_seconds",
+    ),
+    MetricSpec(
+        "lvface_checkpoint_write_seconds",
+        "gauge",
+        "seconds",
+        "Time from its begin until this rank's file, on rank 0 all of it, was on the disk",
+        "checkpoint_write_seconds",
+    ),
+    MetricSpec(
+        "lvface_checkpoint_free_bytes",
+        "gauge",
+        "bytes",
+        "Free where the checkpoints lie; rank 0 alone",
+        "checkpoint_free_bytes",
+    ),
+    MetricSpec("lvface_checkpoint_score", "gauge", "ratio", "Pair accuracy of the newest checkpoint; rank 0 alone", "checkpoint_score"),
     MetricSpec("lvface_build_info", "gauge", "1", "Always 1; what this process runs", "", ("world_size", "zero_stage", "precision")),
 )
 
@@ -145,6 +168,12 @@ class StepRecord:
     uniface_bias: float = math.nan
     norm_mean: float = math.nan
     norm_std: float = math.nan
+    # NaN before the first checkpoint
+    checkpoint_step: float = math.nan
+    checkpoint_blocked_seconds: float = math.nan
+    checkpoint_write_seconds: float = math.nan
+    checkpoint_free_bytes: float = math.nan
+    checkpoint_score: float = math.nan
 
 
 class Metrics:

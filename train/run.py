@@ -16,7 +16,7 @@ from model.norm_margin import AdaFace, MagFace
 from model.partial_fc import Margin, PartialFC
 from train.checkpoint import Checkpoints, Saved
 from train.config import AdaFaceMargin, MagFaceMargin, MarginSection, RunConfig
-from train.dist import Ranks
+from train.dist import RankError, Ranks
 from train.ema import BackboneEma
 from train.engine import loss_scale, set_batch
 from train.guard import Guard
@@ -157,6 +157,7 @@ class Run:
             images_per_second=images / seconds,
             step_seconds=self.timer.window(window.timed_steps),
             **self.head.statistics(),
+            **{f"checkpoint_{name}": value for name, value in vars(self.checkpoints.report).items()},
             eta_seconds=self.stages.images_left(self.step) * seconds / images,
         )
         self.metrics.record_step(record)
@@ -171,7 +172,6 @@ class Run:
     def save(self) -> None:
         """Begin a checkpoint of this step. Collectives: see Checkpoints.save."""
         begin = time.monotonic()
-        rank_state = {"head": self.head.state(), "num_classes": self.head.num_classes, "loader": self.batches.state()}
         run_state = {
             "stage": self.stages.stage.name,
             "stages": self.stages.state(),
@@ -181,9 +181,37 @@ class Run:
             "window": self.window.state(),
             "trained": {"images": self.images_trained, "seconds": self.seconds_trained},
         }
-        self.checkpoints.save(self.step, self.engine, self.ema, rank_state, run_state)
+        self.checkpoints.save(self.step, self.engine, self.ema, self._rank_state(), run_state)
         self.saved_step = self.step
         self.window.start += time.monotonic() - begin  # throughput is of training; what a save makes it wait is not counted
+
+    def _rank_state(self) -> dict[str, Any]:
+        return {"head": self.head.state(), "num_classes": self.head.num_classes, "loader": self.batches.state()}
+
+    def require_space(self) -> None:
+        """See Checkpoints.require_space: before the first step, not hours later."""
+        self.checkpoints.require_space(self.engine, self.ema, self._rank_state())
+
+    def roll_back(self, before: int) -> None:
+        """Go back to the newest checkpoint of fewer steps than ``before``, and on with the images that come now.
+
+        Raises: RankError on every rank if there is none, or the stage was one of another batch then. Collectives: those of resume.
+        """
+        self.checkpoints.finish()
+        newest = self.checkpoints.newest(before)
+        if newest is None:
+            raise RankError(f"no checkpoint from before step {before} to roll back to; set checkpoint.every_steps")
+        saved = self.ranks.together(lambda: self.checkpoints.read(newest))
+        guard_state = self.guard.state()
+        self.stages.load_state(saved.run_state["stages"], saved.step)
+        stage = self.stages.stage
+        if (self.batches.batch_size, self.batches.global_batch_size) != (stage.micro_batch_size, stage.images_per_step):
+            raise RankError(f"cannot roll back to {newest}: its stage had another batch, and its images begin anew; start again from it")
+        self.resume(saved)
+        self.guard.load_state(guard_state)
+        self.ranks.say(f"{self.guard.rolled_back(saved.run_state['guard'])}, to {newest}; the next images follow")
+        self.window = _Window()
+        self.enter_stage()
 
     def heed(self) -> None:
         """Between two steps: end the run, if any rank has been asked to stop or could not write its part of a checkpoint.

@@ -1,0 +1,80 @@
+"""Values that are not finite on one rank: no weight moves anywhere, and the run skips, stops or goes back, as the recipe says."""
+
+import json
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+from tests.training import losses, packed_faces, train_on_rank, write_recipe
+from train.dist import RankError
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return packed_faces(tmp_path_factory.mktemp("numerics"))
+
+
+def train_poisoned(group, recipe, poisoned, rank=1, overrides=()):
+    """Train with an infinite pixel in each micro-batch of ``rank`` in the loader's steps ``poisoned``; returns the step or the error."""
+    from data_pipeline.loader import FaceLoader
+
+    following = FaceLoader.__next__
+
+    def poison(self):
+        batch = following(self)
+        if group.rank() == rank and (batch.step - 1) // 2 + 1 in poisoned:  # two micro-batches a step
+            batch.images[0, 0, 0, 0] = float("inf")
+        return batch
+
+    FaceLoader.__next__ = poison
+    try:
+        return train_on_rank(group, recipe, "zero1_fp32.json", overrides)
+    except RankError as error:
+        return str(error)
+
+
+def said(output):
+    return [json.loads(line) for line in (output / "skipped_steps.jsonl").read_text().splitlines()]
+
+
+def test_a_run_goes_back_to_the_checkpoint_before_the_trouble_and_on_with_other_images(shards, tmp_path):
+    """Checkpoints at steps 3, 4, 6; the images of steps 5 to 7 are bad, so step 8 follows on the state of step 4, as step 5."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", shards, tmp_path / "run", guard={"max_skipped": 3, "then": "rollback"})
+    assert run_ranks(2, train_poisoned, recipe, [5, 6, 7]) == [8, 8]
+    skipped = said(tmp_path / "run")
+    assert [(line["step"], line["ranks"]) for line in skipped] == [(5, [1]), (6, [1]), (7, [1])]
+    assert all(name.startswith("shard_") or "/" in name for line in skipped for name in line["records"]["1"])
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6, 7, 5, 6, 7, 8]
+    assert sorted(path.name[5:] for path in (tmp_path / "run/checkpoints").glob("step_*")) == [
+        "00000003",
+        "00000004",
+        "00000006",
+        "00000008",
+    ]
+    # The same as a run of which those images were never part: the head's and the order's draws are functions of what was applied.
+    assert all(torch.tensor(loss).isfinite() for step, loss in losses(tmp_path / "run").items() if step)
+
+
+def test_rollbacks_come_to_an_end(shards, tmp_path):
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", shards, tmp_path / "run", guard={"max_skipped": 2, "then": "rollback", "max_rollbacks": 2}
+    )
+    for answer in run_ranks(2, train_poisoned, recipe, list(range(5, 99))):
+        assert "2 rollbacks have not helped" in answer
+        assert "on rank 1" in answer
+
+
+def test_without_a_checkpoint_before_the_trouble_the_run_stops(shards, tmp_path):
+    recipe = write_recipe(tmp_path / "recipe.yaml", shards, tmp_path / "run", guard={"max_skipped": 2, "then": "rollback"})
+    for answer in run_ranks(2, train_poisoned, recipe, [1, 2]):
+        assert "no checkpoint from before step 1 to roll back to" in answer
+
+
+def test_a_run_that_may_not_go_back_stops_and_names_rank_and_records(shards, tmp_path):
+    recipe = write_recipe(tmp_path / "recipe.yaml", shards, tmp_path / "run", guard={"max_skipped": 2})
+    for answer in run_ranks(2, train_poisoned, recipe, [5, 6], 0):
+        assert "steps 5 to 6 were all skipped" in answer
+        assert "on rank 0" in answer
+    assert {line["step"]: line["ranks"] for line in said(tmp_path / "run")} == {5: [0], 6: [0]}

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from train.dist import Ranks
 from train.ema import BackboneEma
 from train.engine import loss_scale, set_batch
 from train.guard import Guard
+from train.lock import OutputLock
 from train.metrics import Metrics, PhaseTimer, StepRecord
 from train.report import progress_line, stage_line
 from train.stages import Stage, StageLosses, StageManager
@@ -84,7 +85,7 @@ class Run:
     checkpoints: Checkpoints
     metrics: Metrics
     timer: PhaseTimer
-    lock: TextIO | None  # on rank 0, open as long as the run writes to its output
+    lock: OutputLock | None  # of the output, on rank 0
     losses: StageLosses = field(default_factory=StageLosses)
     step: int = 0  # completed optimizer steps
     window: _Window = field(default_factory=_Window)

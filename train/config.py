@@ -243,10 +243,12 @@ class StageConfig(Section):
 
 
 class GuardConfig(Section):
-    """What a run does about steps that go wrong. A step whose gradient is not finite on any rank is always skipped on all."""
+    """What a run does about steps and ranks that go wrong. A step whose gradient is not finite on any rank is always skipped on all."""
 
     max_skipped: PositiveInt = 50  # steps in a row that are skipped before the run stops; fp16 finds its loss scale within 20
     spike_factor: Annotated[float, Field(gt=1)] | None = None  # a loss above this times its running mean is skipped as well; null: none is
+    # Optimizer steps from one comparison of the ranks' weights to the next: see train.replicas; null: none is made.
+    replica_check_steps: PositiveInt | None = 1000
 
 
 class CheckpointConfig(Section):

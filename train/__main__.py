@@ -10,6 +10,7 @@ import traceback
 from pathlib import Path
 
 import model
+from train.redact import redact
 
 _UNEXPECTED, _ERROR, _INTERRUPTED = 1, 2, 130
 _DESCRIPTION = """\
@@ -64,7 +65,7 @@ def main() -> None:
         )
         os._exit(_INTERRUPTED)
     except Exception:
-        sys.stderr.write(f"rank {ranks.rank}:\n{traceback.format_exc()}")
+        sys.stderr.write(redact(f"rank {ranks.rank}:\n{traceback.format_exc()}"))
         os._exit(_UNEXPECTED)
 
 
@@ -118,7 +119,7 @@ def _stop(message: str | None) -> None:
     if message is None:
         time.sleep(5)  # the launcher kills every rank at the first exit: let the one that has the message go first
     else:
-        sys.stderr.write(f"error: {message}\n")  # in one piece: ranks share the stream
+        sys.stderr.write(redact(f"error: {message}\n"))  # in one piece: ranks share the stream
     sys.stderr.flush()
     os._exit(_ERROR)  # not sys.exit: other ranks may be waiting in a collective that teardown would wait for
 

@@ -30,6 +30,7 @@ from pydantic_core import PydanticCustomError
 from train.agreement import contradictions
 from train.document import ConfigError, Document, dotted, read_recipe, write_yaml
 from train.explain import PROBLEMS, explain
+from train.redact import redact
 
 __all__ = ["ConfigError", "RunConfig", "load_run_config"]
 
@@ -303,8 +304,8 @@ class RunConfig(Section):
         return self.stages[index].margin or self.head.margin
 
     def to_yaml(self) -> str:
-        """The resolved recipe, every default written out; ``load_run_config`` reads it back as an equal object."""
-        return write_yaml(self.model_dump(mode="json"))
+        """The resolved recipe, every default written out; ``load_run_config`` reads it back as an equal object, if it holds no secret."""
+        return write_yaml(redact(self.model_dump(mode="json")))
 
     def mathematics(self) -> dict[str, Any]:
         """The fields that change what is computed, as JSON values.

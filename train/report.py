@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from train.ds_config import DeepSpeedSummary
 from train.metrics import StepRecord
+from train.redact import redact
 from train.stages import Stage
 
 if TYPE_CHECKING:
@@ -15,11 +16,14 @@ if TYPE_CHECKING:
 
 
 def announce(run: Run, ds_config: dict, summary: DeepSpeedSummary) -> None:
-    """Write both resolved configs beside the checkpoints and print what is about to run. Collectives: a gather of the metrics ports."""
+    """Write both resolved configs, without secrets, beside the checkpoints, and print what is about to run.
+
+    Collectives: a gather of the metrics ports.
+    """
     cfg, ranks, batches = run.cfg, run.ranks, run.batches
     if ranks.is_first:
         (cfg.output / "recipe.yaml").write_text(cfg.to_yaml())
-        (cfg.output / "ds_config.json").write_text(json.dumps(ds_config, indent=1) + "\n")
+        (cfg.output / "ds_config.json").write_text(json.dumps(redact(ds_config), indent=1) + "\n")
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in run.engine.module.parameters())
     ports = ranks.gather(run.metrics.port)
     ranks.say(
@@ -90,7 +94,7 @@ def write_summary(run: Run, pairs: PairReport | None, pairs_ema: PairReport | No
         rows.append(("metrics", f"were served at http://{cfg.metrics.host}:{run.metrics.port}/metrics"))
     rows += [("log", str(cfg.output / "metrics.jsonl")), ("checkpoint", str(run.last_checkpoint))]
     width = max(len(name) for name, _ in rows)
-    print("\ndone", *(f"  {name:<{width}}  {text}" for name, text in rows), sep="\n", flush=True)
+    run.ranks.say("\n".join(["\ndone", *(f"  {name:<{width}}  {text}" for name, text in rows)]))
     outcome = {
         "steps": run.step,
         "images_per_second": throughput,

@@ -38,7 +38,7 @@ def find_quarantine(root: Path, shards: Sequence[Path]) -> Quarantine | None:
     """Read the quarantine of a set, if it has one.
 
     The first line says which set it is of (``{"shards": {name: bytes}}``); one line per record follows (``Unfit``). Raises ``DataError``
-    when it cannot be read, or is of other shards.
+    when it cannot be read, or is of other shards or names others.
     """
     path = quarantine_path(root)
     if not path.exists():
@@ -55,6 +55,9 @@ def find_quarantine(root: Path, shards: Sequence[Path]) -> Quarantine | None:
         raise DataError(
             f"{path}: is of another set: {name} has {mine.get(name, 'no')} bytes here, {theirs.get(name, 'none')} in the list; {remedy}"
         )
+    for number, (shard, _) in enumerate(places, 2):
+        if shard not in mine:
+            raise DataError(f"{path}: line {number} names {shard!r}, which is no shard of the set; {remedy}")
     return Quarantine(path, places) if places else None
 
 

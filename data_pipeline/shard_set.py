@@ -12,6 +12,7 @@ import numpy as np
 
 from data_pipeline.errors import DataError
 from data_pipeline.field_set import find_field_pair, open_field
+from data_pipeline.names import is_plain_name
 from data_pipeline.quarantine import Quarantine, find_quarantine
 from data_pipeline.record_table import read_table
 
@@ -66,6 +67,8 @@ class Sidecar:
         except (TypeError, KeyError, AttributeError) as error:
             names = ", ".join(field.name for field in fields(cls))
             raise DataError(f"{path}: expected exactly the keys {names} ({error}); pack the set again") from error
+        if strangers := [shard.name for shard in sidecar.shards if not is_plain_name(shard.name)]:
+            raise DataError(f"{path}: names the shard {strangers[0]!r}, which is no file beside it; pack the set again")
         if found != sidecar.num_images:
             raise DataError(f"{path}: the shards' records add up to {found}, the file announces {sidecar.num_images}; pack the set again")
         return sidecar

@@ -107,7 +107,7 @@ class ShardWriter:
 
         Keys are the positions in the shuffled order.
         """
-        dropped = np.load(self.folder / DROPPED_NAME, mmap_mode="r") if self.dropped else None
+        dropped = np.load(self.folder / DROPPED_NAME, mmap_mode="r", allow_pickle=False) if self.dropped else None
         order = EpochOrder(len(self.source), 1, self.seed)
         start, stop = self.bounds(number)
         for low in range(start, stop, _BLOCK):

@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipeline.errors import DataError
+from data_pipeline.names import is_plain_name
 from data_pipeline.record_table import MAX_CLASSES, AllBut
 from data_pipeline.recordio import RecordReader
 from data_pipeline.shard_set import SIDECAR_NAME, open_set
@@ -377,6 +378,6 @@ def read_identities(path: Path, split: str | None) -> list[str]:
         raise DataError(f"{path}: holds one list, not splits; leave --split {split} out")
     if not isinstance(content, list) or not content or not all(isinstance(name, str) and name for name in content):
         raise DataError(f"{path}: expected a list of identity names, found {str(content)[:60]!r}")
-    if unsafe := [name for name in content if name == ".." or Path(name).name != name]:
+    if unsafe := [name for name in content if not is_plain_name(name)]:
         raise DataError(f"{path}: {unsafe[0]!r} is no plain folder name")
     return content

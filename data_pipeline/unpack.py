@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from data_pipeline.errors import DataError
 from data_pipeline.jpeg import image_suffix
+from data_pipeline.names import is_plain_name
 from data_pipeline.output import new_folder
 from data_pipeline.sources import RecordSource
 from data_pipeline.workers import Count, choose_workers, run_to_end
@@ -56,7 +57,7 @@ def unpack(path: Path, out: Path, *, workers: int | None = None, progress: bool 
 def _check_names(path: Path, names: Sequence[str]) -> None:
     known: set[str] = set()
     for name in names:
-        if not isinstance(name, str) or not name or name.startswith(".") or "/" in name or "\0" in name:
+        if not is_plain_name(name) or name.startswith("."):
             raise DataError(f"{path}: has an identity {name!r}, which is no plain folder name; mend the list of names")
         if name in known:
             raise DataError(f"{path}: has two identities {name!r}, which cannot share a folder; mend the list of names")

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from data_pipeline.names import is_plain_name
 from eval.errors import EvalError
 from model.vit import IMAGE_SIZE, build_vit, preset_of
 
@@ -112,13 +113,21 @@ def _latest_backbone(run: Path) -> Path:
     pointer = run / "checkpoints" / "latest"
     if not pointer.is_file():
         raise EvalError(f"{run}: a run with no complete checkpoint ({pointer} is missing); train until one is written, or name another run")
+    _refuse_outside(pointer, pointer.parent)
     name = pointer.read_text(encoding="utf-8", errors="replace").strip()
-    if not name or Path(name).name != name:
-        raise EvalError(f"{pointer}: expected the name of a folder beside it, found {name!r}")
+    if not is_plain_name(name):
+        raise EvalError(f"{pointer}: expected the name of a folder beside it, found {name!r:.80}")
     weights = pointer.parent / name / "backbone.safetensors"
     if not weights.is_file():
         raise EvalError(f"{run}: a run with no complete checkpoint ({pointer} names {name}, which holds no {weights.name})")
+    _refuse_outside(weights, pointer.parent)
     return weights
+
+
+def _refuse_outside(path: Path, folder: Path) -> None:
+    """A run may come from a stranger: its links must not choose which files of this machine are opened."""
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise EvalError(f"{path}: leads out of {folder}, to {path.resolve()}; copy it there, or give a .safetensors file")
 
 
 def _load_backbone(path: Path) -> nn.Module:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.names import is_plain_name
 from eval.errors import EvalError
 from eval.pair_set import PairSet
 
@@ -109,7 +110,7 @@ def _parse_pair(path: Path, line: int, fields: list[str], *, genuine: bool) -> P
     else:
         raise EvalError(f"{path}, line {line}: expected {form} here, found {len(fields)} fields: {' '.join(fields)!r}")
     for name, number in zip(names, numbers, strict=True):
-        if not name or Path(name).name != name:
+        if not is_plain_name(name):
             raise EvalError(f"{path}, line {line}: {name!r} can't be the name of a folder of images")
         if not re.fullmatch("[0-9]+", number):
             hint = "names with spaces need tabs between fields"

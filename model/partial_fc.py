@@ -403,9 +403,13 @@ class PartialFC:
         rows = {"weight": self.weight, "expectation": self.expectation, "expectation_seen": self.expectation_seen}
         if self._last_embeddings is not None:
             rows |= {"last_embedding": self._last_embeddings.rows, "last_embedding_step": self._last_embeddings.written}
+        return {**rows, **self._optimizer.state(), **self.replicated_state()}
+
+    def replicated_state(self) -> dict[str, Tensor]:
+        """The part of :meth:`state` that has no row a class, and is equal on all ranks."""
         bias = {f"bias_{name}": tensor for name, tensor in self._bias_optimizer.state().items()}
         counts = {"draws": torch.tensor(self._draws), "applied_steps": torch.tensor(self._steps)}
-        return {**rows, **self._optimizer.state(), "bias": self._bias, **bias, **counts, **self._moving.state()}
+        return {"bias": self._bias, **bias, **counts, **self._moving.state()}
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:

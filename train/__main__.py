@@ -11,6 +11,7 @@ import traceback
 from pathlib import Path
 
 import model
+from train.redact import redact
 
 _UNEXPECTED, _ERROR, _INTERRUPTED = 1, 2, 130
 _DESCRIPTION = """\
@@ -78,7 +79,7 @@ def main() -> None:
         )
         os._exit(_INTERRUPTED)
     except Exception:
-        sys.stderr.write(f"rank {ranks.rank}:\n{traceback.format_exc()}")
+        sys.stderr.write(redact(f"rank {ranks.rank}:\n{traceback.format_exc()}"))
         os._exit(_UNEXPECTED)
 
 
@@ -87,10 +88,15 @@ def _train(cfg, ds_config, summary, ranks, stop) -> None:
     from train.evaluation import evaluate
     from train.loop import train
     from train.report import write_summary
+    from train.stop import Stopped
 
     run = build_run(cfg, ds_config, summary, ranks, stop)
-    with stop.held(cfg.checkpoint.grace_s):
-        train(run)
+    try:
+        with stop.held(cfg.checkpoint.grace_s):
+            train(run)
+    except Stopped:
+        run.close()
+        raise
     if ranks.is_first:  # the others wait at the end of the process group
         write_summary(run, *evaluate(run))
     run.close()
@@ -116,7 +122,7 @@ def _stop(message: str | None) -> None:
     if message is None:
         time.sleep(5)  # the launcher kills every rank at the first exit: let the one that has the message go first
     else:
-        sys.stderr.write(f"error: {message}\n")  # in one piece: ranks share the stream
+        sys.stderr.write(redact(f"error: {message}\n"))  # in one piece: ranks share the stream
     sys.stderr.flush()
     os._exit(_ERROR)  # not sys.exit: other ranks may be waiting in a collective that teardown would wait for
 

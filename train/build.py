@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 import torch
@@ -27,6 +24,7 @@ from train.ema import BackboneEma
 from train.engine import build_engine, build_optimizer, require_compiler
 from train.evaluation import pair_accuracy
 from train.guard import Guard
+from train.lock import OutputLock
 from train.metrics import BuildInfo, Metrics, PhaseTimer
 from train.random_state import seed_rank
 from train.report import announce
@@ -44,7 +42,7 @@ def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks:
     Raises RankError on every rank if anything given is wrong on any. Collectives: those of the engine's start and of the checkpoint's load.
     """
 
-    lock = ranks.together(lambda: _lock(cfg.output, ranks.say) if ranks.is_first else None)
+    lock = ranks.together(lambda: OutputLock(cfg.output, ranks.say) if ranks.is_first else None)
     if cfg.eval:
         ranks.together(lambda: find_pairs(cfg.eval.images, cfg.eval.pairs) if ranks.is_first else None)
     if cfg.model.compile:
@@ -131,19 +129,6 @@ def _product_dtype(choice: str, precision: str, device: torch.device) -> torch.d
     if choice == "auto":
         choice = "bfloat16" if device.type == "cuda" and precision != "fp32" else "float32"
     return getattr(torch, choice)
-
-
-def _lock(output: Path, say: Callable[[str], None]) -> TextIO | None:
-    """Keep a second run out of ``output``: ranks may outlive a launcher that was killed."""
-    output.mkdir(parents=True, exist_ok=True)
-    file = (output / ".lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise CheckpointError(f"{output}: another run is writing here; end its processes first, or choose another output") from None
-    except OSError as error:  # a file system without locks
-        say(f"{output} cannot be locked ({error.strerror}): make sure that no other run writes here")
-    return file
 
 
 def _check_agreement(ranks: Ranks, cfg: RunConfig, ds_config: dict, batches: FaceLoader) -> None:

@@ -30,6 +30,7 @@ from pydantic_core import PydanticCustomError
 from train.agreement import contradictions
 from train.document import ConfigError, Document, dotted, read_recipe, write_yaml
 from train.explain import PROBLEMS, explain
+from train.redact import redact
 
 __all__ = ["ConfigError", "RunConfig", "load_run_config"]
 
@@ -243,13 +244,15 @@ class StageConfig(Section):
 
 
 class GuardConfig(Section):
-    """What a run does about steps that go wrong. A step whose gradient is not finite on any rank is always skipped on all."""
+    """What a run does about steps and ranks that go wrong. A step whose gradient is not finite on any rank is always skipped on all."""
 
     max_skipped: PositiveInt = 50  # steps in a row that are skipped before the run gives up; fp16 finds its loss scale within 20
     # What it does then. stop: end with an error. rollback: go back to the newest checkpoint from before them, and on with other images.
     then: Literal["stop", "rollback"] = "stop"
     max_rollbacks: PositiveInt = 3  # more end the run
     spike_factor: Annotated[float, Field(gt=1)] | None = None  # a loss above this times its running mean is skipped as well; null: none is
+    # Optimizer steps from one comparison of the ranks' weights to the next: see train.replicas; null: none is made.
+    replica_check_steps: PositiveInt | None = 1000
 
 
 class CheckpointConfig(Section):
@@ -308,8 +311,8 @@ class RunConfig(Section):
         return self.stages[index].margin or self.head.margin
 
     def to_yaml(self) -> str:
-        """The resolved recipe, every default written out; ``load_run_config`` reads it back as an equal object."""
-        return write_yaml(self.model_dump(mode="json"))
+        """The resolved recipe, every default written out; ``load_run_config`` reads it back as an equal object, if it holds no secret."""
+        return write_yaml(redact(self.model_dump(mode="json")))
 
     def mathematics(self) -> dict[str, Any]:
         """The fields that change what is computed, as JSON values.

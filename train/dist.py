@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from train.redact import redact
+
 T = TypeVar("T")
 
 
@@ -43,9 +45,9 @@ class Ranks:
         return self.device.index if self.device.type == "cuda" else None
 
     def say(self, text: str) -> None:
-        """Print on rank 0."""
+        """Print on rank 0, without secrets."""
         if self.is_first:
-            print(text, flush=True)
+            print(redact(text), flush=True)
 
     def broadcast(self, value: object) -> object:
         """Rank 0's picklable ``value`` on every rank."""

@@ -16,6 +16,8 @@ from typing import Any
 
 import yaml
 
+from train.redact import redact
+
 Key = tuple[str | int, ...]  # ("stages", 0, "epochs")
 Problem = tuple[Key, str]  # where, and what is wrong there
 
@@ -52,12 +54,13 @@ class Document:
         Raises: ConfigError when ``=`` is missing, the value is not YAML, or the key leads through something that is no section.
         """
         dotted_key, equals, text = assignment.partition("=")
+        shown = f"{dotted_key}{equals}{redact(text, dotted_key)}"
         if not equals or not all(dotted_key.split(".")):
-            raise ConfigError(f"{assignment}: an override must read key=value, such as data.path=OUT (command line)")
+            raise ConfigError(f"{shown}: an override must read key=value, such as data.path=OUT (command line)")
         try:
             value = _parse_yaml(text, "command line").data
         except ConfigError as error:
-            raise ConfigError(f"{assignment}: {problem}" for problem in error.problems) from None
+            raise ConfigError(f"{shown}: {problem}" for problem in error.problems) from None
         parent: Any = self.data
         key: Key = ()
         for name in dotted_key.split("."):
@@ -68,7 +71,7 @@ class Document:
                     raise ConfigError(f"{dotted_key}: {dotted(key)} has items 0 to {len(parent) - 1}, not {name!r} (command line)")
                 name = int(name)
             elif not isinstance(parent, dict):
-                raise ConfigError(f"{dotted_key}: {dotted(key)} is {show(parent)}, which has no keys (command line)")
+                raise ConfigError(f"{dotted_key}: {dotted(key)} is {show(redact(parent, dotted(key)))}, which has no keys (command line)")
             key = (*key, name)
         if key[-1] == "kind" and isinstance(parent, dict) and parent.get("kind") != value:
             parent.clear()  # the other keys are those of another kind
@@ -89,8 +92,8 @@ def dotted(key: Key) -> str:
 
 
 def show(value: object) -> str:
-    """A value as the file would spell it, shortened: true, null, "text", [1, 2]."""
-    text = json.dumps(value, default=str, ensure_ascii=False)
+    """A value as the file would spell it, shortened and without secrets: true, null, "text", [1, 2]."""
+    text = json.dumps(redact(value), default=str, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

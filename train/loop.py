@@ -33,6 +33,7 @@ def train(run: Run) -> None:
             with phase("backward"):
                 run.engine.backward(run.guard.watch(loss, batch.records))
             with phase("optimizer"):
+                run.check_replicas()  # before the weights are gathered anew
                 run.engine.step()  # acts on the last micro-batch only
             measured.append(torch.stack([loss.detach(), run.head.target_cosine, run.head.target_cosine_square]))
         applied, measured = run.engine.was_step_applied(), torch.stack(measured).mean(0)

@@ -18,6 +18,7 @@ from train.config import BatchConfig, ConfigError, DataConfig, RunConfig, Schedu
 from train.dist import import_deepspeed, read_ranks
 from train.document import Document
 from train.ds_config import load_ds_config
+from train.redact import redact
 from train.schedule import build_curve
 from train.stages import Stage, plan_stages
 
@@ -342,7 +343,7 @@ def main(argv: Sequence[str]) -> int:
             whole = {**said, **asdict(plan), "comparison": comparison and asdict(comparison)}
             arguments.json.write_text(json.dumps(whole, indent=1) + "\n")
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(redact(f"error: {error}"), file=sys.stderr)
         return _ERROR
     print(f"{arguments.config} on {plan.world_size} ranks: {cfg.model.name}, ZeRO {deepspeed.zero_stage}, {deepspeed.precision}\n")
     print(describe(plan))

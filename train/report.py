@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from data_pipeline.output import replace_file
 from train.ds_config import DeepSpeedSummary
 from train.metrics import StepRecord
+from train.redact import redact
 from train.stages import Stage
 
 if TYPE_CHECKING:
@@ -18,12 +19,15 @@ SUMMARY = "summary.json"  # in the output of a run that is complete, and of no o
 
 
 def announce(run: Run, ds_config: dict, summary: DeepSpeedSummary) -> None:
-    """Write both resolved configs beside the checkpoints and print what is about to run. Collectives: a gather of the metrics ports."""
+    """Write both resolved configs, without secrets, beside the checkpoints, and print what is about to run.
+
+    Collectives: a gather of the metrics ports.
+    """
     cfg, ranks, batches = run.cfg, run.ranks, run.batches
     if ranks.is_first:
         (cfg.output / SUMMARY).unlink(missing_ok=True)
         (cfg.output / "recipe.yaml").write_text(cfg.to_yaml())
-        (cfg.output / "ds_config.json").write_text(json.dumps(ds_config, indent=1) + "\n")
+        (cfg.output / "ds_config.json").write_text(json.dumps(redact(ds_config), indent=1) + "\n")
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in run.engine.module.parameters())
     ports = ranks.gather(run.metrics.port)
     ranks.say(
@@ -94,7 +98,7 @@ def write_summary(run: Run, pairs: PairReport | None, pairs_ema: PairReport | No
         rows.append(("metrics", f"were served at http://{cfg.metrics.host}:{run.metrics.port}/metrics"))
     rows += [("log", str(cfg.output / "metrics.jsonl")), ("checkpoint", str(run.checkpoints.last))]
     width = max(len(name) for name, _ in rows)
-    print("\ndone", *(f"  {name:<{width}}  {text}" for name, text in rows), sep="\n", flush=True)
+    run.ranks.say("\n".join(["\ndone", *(f"  {name:<{width}}  {text}" for name, text in rows)]))
     outcome = {
         "steps": run.step,
         "images_per_second": throughput,

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,9 @@ from train.dist import RankError, Ranks
 from train.ema import BackboneEma
 from train.engine import loss_scale, set_batch
 from train.guard import Guard
+from train.lock import OutputLock
 from train.metrics import Metrics, PhaseTimer, StepRecord
+from train.replicas import replicas, require_equal
 from train.report import progress_line, stage_line
 from train.stages import Stage, StageLosses, StageManager
 from train.stop import Flags, Stopped, StopRequests
@@ -84,7 +86,7 @@ class Run:
     checkpoints: Checkpoints
     metrics: Metrics
     timer: PhaseTimer
-    lock: TextIO | None  # on rank 0, open as long as the run writes to its output
+    lock: OutputLock | None  # of the output, on rank 0
     stop: StopRequests
     flags: Flags
     losses: StageLosses = field(default_factory=StageLosses)
@@ -108,6 +110,15 @@ class Run:
     def stage_is_over(self) -> bool:
         """Whether the coming step begins another stage. Collectives: a broadcast, now and then, where a stage may end before its time."""
         return self.stages.finish_step(self.step, self.ranks.agree)
+
+    def check_replicas(self) -> None:
+        """Stop if the ranks' weights are not equal, in the steps that guard.replica_check_steps names; to be called before engine.step.
+
+        Raises RankError. Collectives: see train.replicas.require_equal.
+        """
+        every = self.cfg.guard.replica_check_steps
+        if every is not None and (self.step + 1) % every == 0 and self.engine.is_gradient_accumulation_boundary():
+            require_equal(self.step + 1, replicas(self.engine, self.head), self.ranks)
 
     def measure_head_gradient(self) -> None:
         """On steps that will be logged: the norm of the centers' gradient. Collectives: one all-reduce."""

@@ -1,9 +1,9 @@
 """Values that are not finite on one rank: no weight moves anywhere, and the run skips, stops or goes back, as the recipe says."""
 
 import json
+import math
 
 import pytest
-import torch
 
 from tests.ranks import run_ranks
 from tests.training import losses, packed_faces, train_on_rank, write_recipe
@@ -47,14 +47,9 @@ def test_a_run_goes_back_to_the_checkpoint_before_the_trouble_and_on_with_other_
     assert all(name.startswith("shard_") or "/" in name for line in skipped for name in line["records"]["1"])
     steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6, 7, 5, 6, 7, 8]
-    assert sorted(path.name[5:] for path in (tmp_path / "run/checkpoints").glob("step_*")) == [
-        "00000003",
-        "00000004",
-        "00000006",
-        "00000008",
-    ]
-    # The same as a run of which those images were never part: the head's and the order's draws are functions of what was applied.
-    assert all(torch.tensor(loss).isfinite() for step, loss in losses(tmp_path / "run").items() if step)
+    kept = sorted(int(path.name[5:]) for path in (tmp_path / "run/checkpoints").glob("step_*"))
+    assert kept == [3, 4, 6, 8]
+    assert all(math.isfinite(loss) for loss in losses(tmp_path / "run").values())  # the last word on each step
 
 
 def test_rollbacks_come_to_an_end(shards, tmp_path):

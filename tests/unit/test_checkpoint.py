@@ -1,12 +1,8 @@
-"""What a checkpoint compares, and the lock of the output folder."""
+"""What a checkpoint compares before a run goes on from it."""
 
 import json
 
-import pytest
-
-from train.build import _lock
 from train.checkpoint import Identity, Layout
-from train.checkpoint_folder import CheckpointError
 
 
 def test_differences_name_the_nested_key_and_both_values():
@@ -23,9 +19,3 @@ def test_another_layout_is_told():
     layout = Layout(2, 1, [8, 4])
     assert layout.change({"world_size": 2, "zero_stage": 1, "micro_batch_sizes": [8, 4]}) is None
     assert layout.change({"world_size": 4, "zero_stage": 3, "micro_batch_sizes": [4, 2]}) == "4 ranks, ZeRO 3, micro-batches of 4, 2"
-
-
-def test_a_second_run_in_the_same_output_is_refused(tmp_path):
-    with _lock(tmp_path, print), pytest.raises(CheckpointError, match="another run is writing here"):
-        _lock(tmp_path, print)
-    _lock(tmp_path, print).close()

@@ -112,6 +112,7 @@ def test_the_global_batch_counts_accumulation_and_ranks(recipe):
         ("data..path=x", "data..path=x: an override must read key=value, such as data.path=OUT (command line)"),
         ("stages.2.epochs=1", "stages.2.epochs: stages has items 0 to 1, not '2' (command line)"),
         ("output.x=1", 'output.x: output is "runs/demo", which has no keys (command line)'),
+        ("head={scale: 1, scale: 2}", "head={scale: 1, scale: 2}: scale: repeated, first given at command line (command line)"),
         ("seed=[1", "seed=[1: not YAML: expected ',' or ']', but got '<stream end>' (command line)"),
         ("eval.pairs=p", "eval.images: required, but not given (command line)"),
     ],

@@ -186,11 +186,43 @@ def run_with(tmp_path, pointer: str | None):
         ("step-2", "a run with no complete checkpoint .*names step-2"),
         ("", "expected the name of a folder beside it, found ''"),
         ("../../elsewhere", "expected the name of a folder beside it, found '../../elsewhere'"),
+        ("..", r"expected the name of a folder beside it, found '\.\.'"),
+        ("/elsewhere", "expected the name of a folder beside it, found '/elsewhere'"),
+        (200 * "a/", "expected the name of a folder beside it, found '(a/){39}a$"),
     ],
 )
 def test_a_run_without_a_complete_checkpoint_is_refused(tmp_path, pointer, message):
     with pytest.raises(EvalError, match=message):
         load_embedder(run_with(tmp_path, pointer))
+
+
+@pytest.mark.parametrize("link", ["latest", "step-1", "backbone.safetensors"])
+def test_the_links_of_a_run_cannot_lead_out_of_it(tmp_path, net, link):
+    run = run_with(tmp_path / "run", "step-1")
+    checkpoints = run / "checkpoints"
+    save_file(net.state_dict(), checkpoints / "step-1" / "backbone.safetensors")
+    (tmp_path / "through-a-link").symlink_to(run)
+    load_embedder(tmp_path / "through-a-link")  # the user's own
+    place = checkpoints / "step-1" / link if link.endswith("s") else checkpoints / link
+    place.rename(tmp_path / link)
+    place.symlink_to(tmp_path / link)
+    with pytest.raises(EvalError, match=rf"{link}\S*: leads out of {checkpoints}, to {tmp_path / link}\S*; copy it there, or give a"):
+        load_embedder(run)
+
+
+@pytest.mark.parametrize("where", ["../weights", "{folder}/weights", "link"])
+def test_a_graph_cannot_read_files_elsewhere_as_its_weights(tmp_path, where):
+    """onnxruntime itself sees to that."""
+    (tmp_path / "model").mkdir()
+    model = onnx.load(write_graph(tmp_path / "model" / "m.onnx", "Add"))
+    (tmp_path / "weights").write_bytes(bytes(4))
+    (tmp_path / "model" / "link").symlink_to(tmp_path / "weights")
+    constant = next(each for each in model.graph.initializer if each.name == "c_Add")
+    constant.CopyFrom(TensorProto(name="c_Add", data_type=TensorProto.FLOAT, data_location=TensorProto.EXTERNAL))
+    constant.external_data.add(key="location", value=where.format(folder=tmp_path))
+    (tmp_path / "model" / "m.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(EvalError, match=r"m\.onnx: onnxruntime can't open this graph: .*[Ee]xternal data"):
+        load_embedder(tmp_path / "model" / "m.onnx")
 
 
 def test_models_that_cannot_be_opened_are_named(tmp_path):

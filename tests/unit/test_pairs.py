@@ -203,6 +203,8 @@ def test_fields_may_be_separated_by_spaces(tmp_path):
         (GOOD.replace("Bob\t1\t3", "Bob\t1\t1"), "line 4: an image paired with itself"),
         (GOOD.replace("Ada Lovelace\t1\tBob\t3", "Bob\t1\tBob\t3"), "line 3: a pair of two persons that names one person twice"),
         (GOOD.replace("Bob\t1\t3", "../Bob\t1\t3"), "line 4: '../Bob' can't be the name of a folder"),
+        (GOOD.replace("Bob\t1\t3", "..\t1\t3"), r"line 4: '\.\.' can't be the name of a folder"),
+        (GOOD.replace("Bob\t1\t3", "/tmp\t1\t3"), "line 4: '/tmp' can't be the name of a folder"),
     ],
 )
 def test_a_wrong_line_is_named_with_its_file(tmp_path, text, message):

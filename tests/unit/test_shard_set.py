@@ -1,3 +1,4 @@
+import json
 import re
 
 import numpy as np
@@ -6,7 +7,9 @@ import pytest
 from data_pipeline import field_set
 from data_pipeline.errors import DataError
 from data_pipeline.pack import pack
+from data_pipeline.quarantine import Unfit, write_quarantine
 from data_pipeline.shard_set import open_set
+from data_pipeline.verify import verify
 from tests.unit.record_sets import field_records, framed, image_folder, jpeg, payload, write_records
 
 
@@ -86,6 +89,30 @@ def test_packed_sets_that_cannot_be_read_are_refused_by_name(packed):
         (packed / "shards.json").write_text(content)
         with pytest.raises(DataError, match=rf"shards\.json: .*{complaint}"):
             open_set(packed)
+
+
+@pytest.mark.parametrize("name", ["/{folder}/secret.rec", "../secret.rec", "..", "", "sub/a.rec", "a\0.rec", 7])
+def test_a_sidecar_cannot_name_files_elsewhere(packed, tmp_path, name):
+    """Of the size that it says: nothing but the name is wrong."""
+    sidecar = json.loads((packed / "shards.json").read_text())
+    (packed / "sub").mkdir()
+    for stranger in (tmp_path / "secret.rec", packed / "sub" / "a.rec"):
+        stranger.write_bytes((packed / "shard_00001.rec").read_bytes())
+    name = name.format(folder=tmp_path) if isinstance(name, str) else name
+    sidecar["shards"][1]["name"] = name
+    (packed / "shards.json").write_text(json.dumps(sidecar))
+    for read in (open_set, verify):
+        with pytest.raises(DataError, match=re.escape(f"{packed}/shards.json: names the shard {name!r}, which is no file beside it")):
+            read(packed)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../set/shard_00000.rec", "shard_9.rec", ""])
+def test_a_quarantine_cannot_name_files_elsewhere(packed, name):
+    faces = open_set(packed)
+    records = [Unfit(faces.shards[0].name, 0, 0, "blurred"), Unfit(name, 0, 0, "blurred")]
+    write_quarantine(packed, faces.shards, records)
+    with pytest.raises(DataError, match=re.escape(f"{packed}/quarantine.jsonl: line 3 names {name!r}, which is no shard of the set")):
+        open_set(packed)
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "of another set"])

@@ -11,15 +11,24 @@ from tests.training import ROOT, free_port
 _ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
 
 
-def launch_process(recipe, *arguments, ranks=1, ds_config=ROOT / "ds_configs/zero1_fp32.json"):
-    """Start the entry point as a user would; one rank needs no launcher."""
-    options = ["--config", str(recipe), "--deepspeed_config", str(ds_config), *map(str, arguments)]
-    launcher = [sys.executable, "-m", "train"]
-    if ranks > 1:
-        port = free_port()
-        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(port)]
-        launcher += ["--module", "train"]
-    return subprocess.Popen([*launcher, *options], cwd=ROOT, env=_ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def launch_process(
+    recipe, *arguments, ranks=1, ds_config=ROOT / "ds_configs/zero1_fp32.json", module="train", launcher=None, environment=(), **options
+):
+    """Start the entry point as a user would; one rank needs no launcher.
+
+    Args:
+        launcher: a command that starts the ranks of the module that comes after it; None: DeepSpeed's.
+        environment: variables added to this process's.
+        options: of subprocess.Popen.
+    """
+    configs = ["--config", str(recipe), "--deepspeed_config", str(ds_config)]
+    if launcher is None:
+        launcher = [sys.executable, "-m"]
+        if ranks > 1:
+            launcher += ["deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(free_port()), "--module"]
+    command = [*launcher, module, *configs, *map(str, arguments)]
+    env = {**_ENVIRONMENT, **dict(environment)}
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
 def launch(*arguments, **options):

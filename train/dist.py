@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -98,6 +99,8 @@ def read_ranks() -> Ranks:
 def process_group(ranks: Ranks, timeout: timedelta = timedelta(minutes=30)) -> Iterator[Ranks]:
     """Join the default process group (nccl on GPUs, gloo on CPUs) through DeepSpeed and leave it in order at the end.
 
+    ``timeout`` is that of the rendezvous and of the collectives of every group, those that DeepSpeed makes by itself included.
+
     Collectives: the rendezvous, and a barrier at a regular end (without it about half of the CPU runs abort in teardown).
     """
     import_deepspeed(ranks.device)
@@ -110,6 +113,8 @@ def process_group(ranks: Ranks, timeout: timedelta = timedelta(minutes=30)) -> I
     else:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
     deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", timeout=timeout, verbose=False)
+    # DeepSpeed passes new groups no timeout: they would have torch's default of 30 minutes (10 under NCCL).
+    deepspeed.comm.comm.cdb.new_group = partial(dist.new_group, timeout=timeout)
     yield Ranks(ranks.rank, ranks.local_rank, ranks.world_size, ranks.local_world_size, ranks.device, dist.group.WORLD)
     dist.barrier()
     dist.destroy_process_group()

@@ -75,12 +75,13 @@ def train_on_rank(group, recipe: Path, ds_config: str, overrides=(), kill=None) 
     from train.dist import Ranks
     from train.ds_config import load_ds_config
     from train.loop import train
+    from train.watchdog import Watchdog
 
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     ranks = Ranks(rank, rank, world_size, world_size, torch.device("cpu"), group)
     cfg = load_run_config(recipe, overrides)
     ds, summary = load_ds_config(ROOT / "ds_configs" / ds_config, cfg, world_size, "cpu")
-    run = build_run(cfg, ds, summary, ranks)
+    run = build_run(cfg, ds, summary, ranks, Watchdog(cfg.watchdog, ranks, cfg.output / "stacks"))
     if kill and kill[0] == rank and kill[1] == "save":
         describe, saves = checkpoint._describe, iter(range(1, 100))
         checkpoint._describe = lambda folder: _die() if next(saves) == kill[2] else describe(folder)

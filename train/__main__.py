@@ -25,7 +25,8 @@ metrics.jsonl, summary.json, checkpoints/. Started again, it goes on from its ne
 
 says beforehand what a recipe comes to on a number of ranks, see python -m train plan --help.
 
-Exit codes of a rank: 0 the run is complete, 1 an unexpected error, 2 something given is wrong (one line says what), 130 interrupted."""
+Exit codes of a rank: 0 the run is complete, 1 an unexpected error, 2 something given is wrong (one line says what), 3 a rank stood still
+for longer than the recipe's `watchdog` allows (one line says which and where), 130 interrupted."""
 
 
 def main() -> None:
@@ -43,6 +44,7 @@ def main() -> None:
     from train.config import load_run_config
     from train.dist import RankError, import_deepspeed, process_group, read_ranks
     from train.ds_config import load_ds_config
+    from train.watchdog import Watchdog
 
     ranks = read_ranks()
     try:
@@ -51,9 +53,11 @@ def main() -> None:
         ds_config, summary = load_ds_config(arguments.deepspeed_config, cfg, ranks.world_size, ranks.device.type)
     except ValueError as error:  # every rank of a node sees the same; one of them says it
         _stop(str(error) if ranks.local_rank == 0 else None)
+    watchdog = Watchdog(cfg.watchdog, ranks, cfg.output / "stacks")
     try:
-        with process_group(ranks) as ranks:
-            _train(cfg, ds_config, summary, ranks)
+        with watchdog, process_group(ranks, cfg.watchdog.group_timeout) as ranks:
+            watchdog.connect(ranks)
+            _train(cfg, ds_config, summary, ranks, watchdog)
     except RankError as error:
         _stop(str(error) if ranks.is_first else None)
     except (DataError, EvalError) as error:  # on this rank alone: the others wait for it until the launcher stops them
@@ -68,13 +72,14 @@ def main() -> None:
         os._exit(_UNEXPECTED)
 
 
-def _train(cfg, ds_config, summary, ranks) -> None:
+def _train(cfg, ds_config, summary, ranks, watchdog) -> None:
     from train.build import build_run
     from train.loop import train
     from train.report import write_summary
 
-    run = build_run(cfg, ds_config, summary, ranks)
+    run = build_run(cfg, ds_config, summary, ranks, watchdog)
     train(run)
+    watchdog.enter("end", run.step)
     if ranks.is_first:  # the others wait at the end of the process group
         write_summary(run, *_evaluate(run))
     run.close()

@@ -29,12 +29,13 @@ from train.metrics import BuildInfo, Metrics, PhaseTimer
 from train.report import announce
 from train.run import Run, head_margin
 from train.stages import StageManager, plan_stages
+from train.watchdog import Watchdog
 
 # Sections of DeepSpeed's JSON that change numbers, beyond ZeRO stage and precision.
 _NUMERIC_SECTIONS = ("communication_data_type", "data_types", "torch_autocast", "bf16", "fp16")
 
 
-def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks: Ranks) -> Run:
+def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks: Ranks, watchdog: Watchdog) -> Run:
     """Build the run, resumed from its newest complete checkpoint if the recipe says so.
 
     Raises RankError on every rank if anything given is wrong on any. Collectives: those of the engine's start and of the checkpoint's load.
@@ -96,7 +97,8 @@ def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks:
     torch.manual_seed(int(np.random.SeedSequence([cfg.seed, ranks.rank]).generate_state(1, np.uint64)[0]))
     guard = Guard(cfg.guard, ranks, cfg.output, summary.precision)
     timer = PhaseTimer(ranks.device.type)
-    run = Run(cfg, ranks, batches, partial(_open_data, cfg, ranks), engine, ema, head, guard, stages, checkpoints, metrics, timer, lock)
+    open_data = partial(_open_data, cfg, ranks)
+    run = Run(cfg, ranks, batches, open_data, engine, ema, head, guard, stages, checkpoints, metrics, timer, watchdog, lock)
     if saved:
         run.resume(saved)
     announce(run, ds_config, summary)

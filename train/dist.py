@@ -96,7 +96,7 @@ def read_ranks() -> Ranks:
 
 
 @contextmanager
-def process_group(ranks: Ranks, timeout: timedelta = timedelta(minutes=30)) -> Iterator[Ranks]:
+def process_group(ranks: Ranks, timeout: timedelta) -> Iterator[Ranks]:
     """Join the default process group (nccl on GPUs, gloo on CPUs) through DeepSpeed and leave it in order at the end.
 
     ``timeout`` is that of the rendezvous and of the collectives of every group, those that DeepSpeed makes by itself included.

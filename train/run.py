@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,6 +25,7 @@ from train.guard import Guard
 from train.metrics import Metrics, PhaseTimer, StepRecord
 from train.report import progress_line, stage_line
 from train.stages import Stage, StageLosses, StageManager
+from train.watchdog import Watchdog
 
 
 @dataclass
@@ -84,6 +86,7 @@ class Run:
     checkpoints: Checkpoints
     metrics: Metrics
     timer: PhaseTimer
+    watchdog: Watchdog
     lock: TextIO | None  # on rank 0, open as long as the run writes to its output
     losses: StageLosses = field(default_factory=StageLosses)
     step: int = 0  # completed optimizer steps
@@ -91,6 +94,14 @@ class Run:
     last_checkpoint: Path | None = None
     images_trained: int = 0  # over all ranks, without the current window
     seconds_trained: float = 0.0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A part of the step, one of train.metrics.PHASES: timed, and under its deadline."""
+        self.watchdog.enter(name, self.step)
+        with self.timer.phase(name):
+            yield
+        self.watchdog.enter("loop", self.step)  # not after an exception: what is said of it names the phase
 
     def enter_stage(self) -> None:
         """Set head, engine and loader to the stage of the coming step, after a resume too. Collectives: a gather, for another batch."""

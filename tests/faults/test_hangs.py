@@ -1,0 +1,115 @@
+"""Two ranks from the command line, one of which stands still: every process goes, and one line names rank and phase."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.launch import errors, launch_process
+from tests.training import packed_faces, write_recipe
+from train.watchdog import HUNG
+
+DEADLINES = {"data_s": 3, "step_s": 5, "checkpoint_s": 200, "start_s": 200, "end_s": 200}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return packed_faces(tmp_path_factory.mktemp("hangs"))
+
+
+@pytest.fixture
+def sabotage(shards, tmp_path):
+    """Trains two ranks of which one goes wrong; returns the result, with the ranks' exit codes by rank as ``codes``."""
+
+    launched = []
+
+    def run(rank, place, call, fault, **deadlines):
+        recipe = write_recipe(tmp_path / "recipe.yaml", shards, tmp_path / "run", watchdog={**DEADLINES, **deadlines})
+        plan = {"rank": rank, "place": place, "call": call, "fault": fault, "notes": str(tmp_path)}
+        process = launch_process(recipe, ranks=2, module="tests.faults.sabotage", environment={"SABOTAGE": json.dumps(plan)})
+        launched.append(process)
+        stdout, stderr = process.communicate(timeout=200)
+        result = subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+        result.codes = {int(path.name[-1]): int(path.read_text()) for path in tmp_path.glob("exit_*")}
+        return result
+
+    yield run
+    for pid in [*(process.pid for process in launched if process.poll() is None), *pids(tmp_path)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def pids(folder: Path) -> list[int]:
+    return [int(path.read_text()) for path in folder.glob("pid_*")]
+
+
+def all_gone(folder: Path, within_s: float = 5.0) -> bool:
+    """Whether both ranks are, shortly after their launcher."""
+    assert len(pids(folder)) == 2
+    end = time.monotonic() + within_s
+    while alive := [pid for pid in pids(folder) if Path(f"/proc/{pid}").exists()]:
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return not alive
+
+
+def stacks(folder: Path, rank: int) -> str:
+    return (folder / f"run/stacks/rank_{rank:05d}.txt").read_text()
+
+
+def test_a_rank_without_data_is_named_with_its_phase_and_every_rank_tells_its_stacks(sabotage, tmp_path):
+    result = sabotage(1, "data", 5, "sleep")
+    (error,) = errors(result)
+    assert re.search(r"rank 1 is stuck in phase data after step 2, for [345] s, at sleep \(faults/sabotage.py:\d+\)", error)
+    assert re.search(r"rank 0 is in phase head, for \d+ s; watchdog.data_s allows 3 s\.", error)
+    assert "in sleep" in stacks(tmp_path, 1)
+    assert "in prepare" in stacks(tmp_path, 0)
+    for rank in (0, 1):
+        assert stacks(tmp_path, rank) in result.stderr  # in one piece
+    assert result.codes == {0: HUNG, 1: HUNG}
+    assert result.returncode == HUNG
+    assert all_gone(tmp_path)
+
+
+@pytest.mark.parametrize("rank", [0, 1])  # rank 0 keeps the store through which the ranks speak
+def test_a_stopped_process_is_named_and_does_not_stay_behind(rank, sabotage, tmp_path):
+    result = sabotage(rank, "head", 5, "stop")
+    (error,) = errors(result)
+    assert re.search(rf"rank {rank} is stuck: its process was stopped \(SIGSTOP, or a suspended job\) for \d+ s;", error)
+    assert re.search(rf"rank {1 - rank} is in phase head, for [5-7] s; watchdog.step_s allows 5 s\.", error)
+    assert result.codes == {0: HUNG, 1: HUNG}
+    assert result.returncode == HUNG
+    assert all_gone(tmp_path)
+
+
+def test_a_rank_whose_interpreter_is_held_is_named_by_the_other(sabotage, tmp_path):
+    result = sabotage(1, "data", 5, "hold_the_interpreter")
+    (error,) = errors(result)
+    assert "rank 1 is stuck: its process runs, but no Python in it" in error
+    assert result.codes == {0: HUNG}
+    assert all_gone(tmp_path)
+
+
+def test_a_rank_that_hangs_before_the_first_step_is_named(sabotage, tmp_path):
+    result = sabotage(1, "start", 1, "sleep", start_s=20)
+    (error,) = errors(result)
+    assert re.search(
+        r"rank 1 is stuck in phase start, for 2\d s, at sleep .*; rank 0 is in phase start, .* watchdog.start_s allows 20 s", error
+    )
+    assert result.codes == {0: HUNG, 1: HUNG}
+    assert all_gone(tmp_path)
+
+
+def test_a_rank_that_hangs_after_the_last_step_is_named(sabotage, tmp_path):
+    result = sabotage(0, "end", 1, "sleep", end_s=4)
+    (error,) = errors(result)
+    assert "rank 0 is stuck in phase end after step 8" in error
+    assert result.codes == {0: HUNG, 1: HUNG}
+    assert all_gone(tmp_path)

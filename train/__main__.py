@@ -42,7 +42,7 @@ def main() -> None:
     from data_pipeline.errors import DataError
     from eval.errors import EvalError
     from train.config import load_run_config
-    from train.dist import RankError, import_deepspeed, process_group, read_ranks
+    from train.dist import RankError, import_deepspeed, lost_connection, process_group, read_ranks
     from train.ds_config import load_ds_config
     from train.watchdog import Watchdog
 
@@ -67,8 +67,11 @@ def main() -> None:
             f"rank {ranks.rank}: interrupted; the newest checkpoint is complete, start again to go on from it", file=sys.stderr, flush=True
         )
         os._exit(_INTERRUPTED)
-    except Exception:
-        sys.stderr.write(f"rank {ranks.rank}:\n{traceback.format_exc()}")
+    except Exception as error:
+        reason = lost_connection(error)
+        text = f"error: rank {ranks.rank}: {watchdog.loss(reason)}" if reason else f"rank {ranks.rank}:\n{traceback.format_exc()}"
+        sys.stderr.write(f"{text.rstrip()}\n")
+        sys.stderr.flush()
         os._exit(_UNEXPECTED)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -118,6 +119,14 @@ def process_group(ranks: Ranks, timeout: timedelta) -> Iterator[Ranks]:
     yield Ranks(ranks.rank, ranks.local_rank, ranks.world_size, ranks.local_world_size, ranks.device, dist.group.WORLD)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def lost_connection(error: Exception) -> str | None:
+    """What a collective says if another rank is gone; None if ``error`` is of another kind. NCCL's words are not tried out yet."""
+    text = str(error)
+    if isinstance(error, RuntimeError) and ("gloo/transport" in text or "remote process exited" in text):
+        return re.sub(r"^\[[^]]*\] |\. This is typically .*", "", text.partition("\n")[0])  # gloo begins with [file:line]
+    return None
 
 
 def import_deepspeed(device: torch.device) -> None:

@@ -23,7 +23,7 @@ from typing import NamedTuple, NoReturn
 from train.config import WatchdogConfig
 from train.dist import Ranks
 from train.pulse import KEEPER, Process, Pulse, Pulses
-from train.verdict import silent_ranks, verdict, why_silent
+from train.verdict import ranks_text, silent_ranks, verdict, why_silent
 
 HUNG = 3  # exit code of every rank of a run that stood still
 _INTERVAL_S = 0.5  # between two looks
@@ -72,6 +72,14 @@ class Watchdog:
         """Begin to exchange pulses with the other ranks. Collectives: one broadcast."""
         if self._world_size > 1:
             self._pulses.start(self._rank, self._world_size, ranks.broadcast)
+
+    def loss(self, reason: str) -> str:
+        """What to say if this rank has lost its connection to others, which ``reason`` describes: who is dead, if that can be seen here."""
+        time.sleep(0.2)  # the kernel closes the connections of a process before that is dead
+        near = {rank: pulse.process for rank, pulse in self._pulses.latest.items() if pulse.process.node == self._process.node}
+        dead = [rank for rank, process in near.items() if process.state() in ("", "Z")]
+        who = f"{ranks_text(dead)} dead" if dead else "another rank has died"
+        return f"{who}, noticed in {self._pulse().place} ({reason}); what it said last, or the kernel's log, tells why"
 
     def __enter__(self) -> Watchdog:
         self._thread.start()

@@ -8,7 +8,7 @@ from torch.distributed import distributed_c10d
 
 from tests.ranks import run_ranks
 from tests.training import free_port
-from train.dist import RankError, Ranks, process_group, read_ranks
+from train.dist import RankError, Ranks, lost_connection, process_group, read_ranks
 from train.engine import build_engine
 
 
@@ -50,3 +50,12 @@ def timeouts_with_an_engine(group, zero_stage, port):
 def test_every_process_group_has_the_timeout_those_of_deepspeed_too(zero_stage):
     for timeouts in run_ranks(2, timeouts_with_an_engine, zero_stage, free_port()):
         assert set(timeouts) == {77.0}
+
+
+def test_only_the_word_of_a_collective_counts_as_a_lost_connection():
+    gloo = (
+        "[/src/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:13520: Connection reset by peer. This is typically caused by a bug."
+    )
+    assert lost_connection(RuntimeError(gloo)) == "Read error [127.0.0.1]:13520: Connection reset by peer"
+    assert lost_connection(dist.DistNetworkError("port 29500 is taken (EADDRINUSE)")) is None
+    assert lost_connection(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None

@@ -1,4 +1,4 @@
-"""Two ranks from the command line, one of which stands still: every process goes, and one line names rank and phase."""
+"""Two ranks from the command line, one of which stands still or dies: every process goes, and one line names rank and phase."""
 
 import contextlib
 import json
@@ -112,4 +112,14 @@ def test_a_rank_that_hangs_after_the_last_step_is_named(sabotage, tmp_path):
     (error,) = errors(result)
     assert "rank 0 is stuck in phase end after step 8" in error
     assert result.codes == {0: HUNG, 1: HUNG}
+    assert all_gone(tmp_path)
+
+
+def test_a_rank_that_is_killed_is_missed_at_once_and_without_a_traceback(sabotage, tmp_path):
+    result = sabotage(1, "data", 5, "kill")
+    (error,) = errors(result)
+    assert re.search(r"rank 0: rank 1 is dead, noticed in phase head after step 2 \(.*Connection reset by peer.*\);", error)
+    assert "Traceback" not in result.stderr
+    assert result.codes == {0: 1}
+    assert result.returncode != 0
     assert all_gone(tmp_path)

@@ -80,8 +80,9 @@ def _rank_main(rank: int, world_size: int, folder: str, function, args) -> None:
         )
         result = function(dist.group.WORLD, *args)
         (Path(folder) / f"result{rank}").write_bytes(pickle.dumps(result))
-        dist.barrier()
-        dist.destroy_process_group()
+        if dist.is_initialized():  # the function may have left it
+            dist.barrier()
+            dist.destroy_process_group()
     except BaseException:
         (Path(folder) / f"error{rank}").write_text(traceback.format_exc())
         os._exit(1)

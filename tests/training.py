@@ -76,12 +76,14 @@ def train_on_rank(group, recipe: Path, ds_config: str, overrides=(), kill=None) 
     from train.ds_config import load_ds_config
     from train.loop import train
     from train.stop import StopRequests
+    from train.watchdog import Watchdog
 
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     ranks = Ranks(rank, rank, world_size, world_size, torch.device("cpu"), group)
     cfg = load_run_config(recipe, overrides)
     ds, summary = load_ds_config(ROOT / "ds_configs" / ds_config, cfg, world_size, "cpu")
-    run = build_run(cfg, ds, summary, ranks, StopRequests())
+    watchdog = Watchdog(cfg.watchdog, ranks, cfg.output / "stacks")
+    run = build_run(cfg, ds, summary, ranks, StopRequests(), watchdog)
     if kill and kill[0] == rank and kill[1] == "save":
         commit, saves = CheckpointFolder.commit, iter(range(1, 100))
         CheckpointFolder.commit = lambda *args: _die() if next(saves) == kill[2] else commit(*args)

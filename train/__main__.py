@@ -34,9 +34,10 @@ rewrites a checkpoint as another number of ranks would have saved it. A run read
 SIGTERM or SIGUSR1 to the launcher or to any rank, or the end of the launcher, is a request to stop: while it trains, the run saves a
 checkpoint at the next step and ends; else it ends at once.
 
-Exit codes of a rank: 0 the run is complete, 1 an unexpected error, 2 something given is wrong (one line says what), 75 stopped on request:
-start it again to go on, 130 interrupted. The launcher's own exit code may be 0 where ranks were killed: `output`/summary.json is there if
-the run is complete, and only then."""
+Exit codes of a rank: 0 the run is complete, 1 an unexpected error, 2 something given is wrong (one line says what), 3 a rank stood still
+for longer than the recipe's `watchdog` allows (one line says which and where), 75 stopped on request: start it again to go on, 130
+interrupted. The launcher's own exit code may be 0 where ranks were killed: `output`/summary.json is there if the run is complete, and only
+then."""
 
 
 def main() -> None:
@@ -50,9 +51,10 @@ def main() -> None:
     from data_pipeline.errors import DataError
     from eval.errors import EvalError
     from train.config import load_run_config
-    from train.dist import RankError, import_deepspeed, process_group, read_ranks
+    from train.dist import RankError, import_deepspeed, lost_connection, process_group, read_ranks
     from train.ds_config import load_ds_config
     from train.stop import STOPPED, Stopped, StopRequests
+    from train.watchdog import Watchdog
 
     stop = StopRequests()
     stop.listen()
@@ -63,9 +65,11 @@ def main() -> None:
         ds_config, summary = load_ds_config(arguments.deepspeed_config, cfg, ranks.world_size, ranks.device.type)
     except ValueError as error:  # every rank of a node sees the same; one of them says it
         _stop(str(error) if ranks.local_rank == 0 else None)
+    watchdog = Watchdog(cfg.watchdog, ranks, cfg.output / "stacks")
     try:
-        with process_group(ranks) as ranks:
-            _train(cfg, ds_config, summary, ranks, stop)
+        with watchdog, process_group(ranks, cfg.watchdog.group_timeout) as ranks:
+            watchdog.connect(ranks)
+            _train(cfg, ds_config, summary, ranks, stop, watchdog)
     except Stopped as stopped:
         ranks.say(str(stopped))
         os._exit(STOPPED)
@@ -78,25 +82,29 @@ def main() -> None:
             f"rank {ranks.rank}: interrupted; the newest checkpoint is complete, start again to go on from it", file=sys.stderr, flush=True
         )
         os._exit(_INTERRUPTED)
-    except Exception:
-        sys.stderr.write(redact(f"rank {ranks.rank}:\n{traceback.format_exc()}"))
+    except Exception as error:
+        reason = lost_connection(error)
+        text = f"error: rank {ranks.rank}: {watchdog.loss(reason)}" if reason else f"rank {ranks.rank}:\n{traceback.format_exc()}"
+        sys.stderr.write(redact(f"{text.rstrip()}\n"))
+        sys.stderr.flush()
         os._exit(_UNEXPECTED)
 
 
-def _train(cfg, ds_config, summary, ranks, stop) -> None:
+def _train(cfg, ds_config, summary, ranks, stop, watchdog) -> None:
     from train.build import build_run
     from train.evaluation import evaluate
     from train.loop import train
     from train.report import write_summary
     from train.stop import Stopped
 
-    run = build_run(cfg, ds_config, summary, ranks, stop)
+    run = build_run(cfg, ds_config, summary, ranks, stop, watchdog)
     try:
         with stop.held(cfg.checkpoint.grace_s):
             train(run)
     except Stopped:
         run.close()
         raise
+    watchdog.enter("end", run.step)
     if ranks.is_first:  # the others wait at the end of the process group
         write_summary(run, *evaluate(run))
     run.close()

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 def contradictions(run: RunConfig) -> Iterator[Problem]:
     """Every contradiction: where it stands, and what is wrong there."""
-    for check in (_preset_problems, _batch_problems, _margin_problems, _schedule_problems, _stage_problems, _checkpoint_problems):
+    checks = (_preset_problems, _batch_problems, _margin_problems, _schedule_problems, _stage_problems)
+    for check in (*checks, _checkpoint_problems, _watchdog_problems):
         yield from check(run)
 
 
@@ -116,3 +117,11 @@ def _margin_problems(run: RunConfig) -> Iterator[Problem]:
                     yield (*key, high), f"must be above {low} = {getattr(margin, low):g}, got {getattr(margin, high):g}"
         elif run.head.loss == "uniface" and margin.kind == "unified" and margin.curricular:
             yield (*key, "curricular"), "changes the negatives of a softmax; with head.loss: uniface set it to false"
+
+
+def _watchdog_problems(run: RunConfig) -> Iterator[Problem]:
+    if run.watchdog.step_s <= run.watchdog.data_s:
+        yield (
+            ("watchdog", "step_s"),
+            f"must be above data_s = {run.watchdog.data_s:g}, got {run.watchdog.step_s:g}: in a step others wait for a rank without data",
+        )

@@ -31,12 +31,13 @@ from train.report import announce
 from train.run import Run, head_margin
 from train.stages import StageManager, plan_stages
 from train.stop import Flags, StopRequests
+from train.watchdog import Watchdog
 
 # Sections of DeepSpeed's JSON that change numbers, beyond ZeRO stage and precision.
 _NUMERIC_SECTIONS = ("communication_data_type", "data_types", "torch_autocast", "bf16", "fp16")
 
 
-def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks: Ranks, stop: StopRequests) -> Run:
+def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks: Ranks, stop: StopRequests, watchdog: Watchdog) -> Run:
     """Build the run, resumed from its newest complete checkpoint if the recipe says so.
 
     Raises RankError on every rank if anything given is wrong on any. Collectives: those of the engine's start and of the checkpoint's load.
@@ -100,7 +101,7 @@ def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks:
     timer = PhaseTimer(ranks.device.type)
     opening = partial(_open_data, cfg, ranks)
     flags = Flags(ranks)
-    run = Run(cfg, ranks, batches, opening, engine, ema, head, guard, stages, checkpoints, metrics, timer, lock, stop, flags)
+    run = Run(cfg, ranks, batches, opening, engine, ema, head, guard, stages, checkpoints, metrics, timer, watchdog, lock, stop, flags)
     if saved:
         run.resume(saved)
     run.require_space()

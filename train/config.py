@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,6 +37,7 @@ __all__ = ["ConfigError", "RunConfig", "load_run_config"]
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Seconds = Annotated[float, Field(gt=0, le=1e6)]
 
 
 class Section(BaseModel):
@@ -273,6 +275,33 @@ class MetricsConfig(Section):
     log_every: PositiveInt = 10  # optimizer steps per log line
 
 
+class WatchdogConfig(Section):
+    """How long a rank may stay in a phase of the run. After that all ranks tell where they stand and end with exit code 3."""
+
+    start_s: Seconds = 1800.0  # everything before the first step: opening the data, building, loading a checkpoint
+    data_s: Seconds = 300.0  # waiting for a batch, which each rank does by itself
+    step_s: Seconds = 600.0  # head, forward, backward, optimizer and what lies between them: the others wait there for a rank without data
+    checkpoint_s: Seconds = 1800.0  # saving
+    end_s: Seconds = 7200.0  # the evaluation at the end, by rank 0 while the others wait for it
+
+    def key(self, phase: str) -> str:
+        """The field whose deadline ``phase`` has."""
+        return f"{phase}_s" if f"{phase}_s" in type(self).model_fields else "step_s"
+
+    def deadline(self, phase: str) -> float:
+        """Seconds."""
+        return getattr(self, self.key(phase))
+
+    @property
+    def shortest_s(self) -> float:
+        return min(seconds for _, seconds in self)
+
+    @property
+    def group_timeout(self) -> timedelta:
+        """Of every process group. It is the second line: the watchdog, which knows who is stuck, speaks before."""
+        return timedelta(seconds=max(seconds for _, seconds in self) + 60)
+
+
 class EvalConfig(Section):
     """Pair verification at the end of training."""
 
@@ -300,6 +329,7 @@ class RunConfig(Section):
     guard: GuardConfig = GuardConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     eval: EvalConfig | None = None
 
     def stage_batch(self, index: int) -> BatchConfig:
@@ -318,14 +348,14 @@ class RunConfig(Section):
         """The fields that change what is computed, as JSON values.
 
         Left out: where things lie (output, data.path: the loader's fingerprint tells data sets apart), how a run is watched, guarded, saved
-        and evaluated (resume, guard, metrics, checkpoint, eval), what is only checked (data.num_images, data.num_classes), and what changes
-        speed alone (data.num_threads, model.activation_checkpointing) or when a run gives up (data.max_bad_records). A run that a guard
-        stopped may thus go on with another one. The batch sections count as the images of a step, see train.build.
+        and evaluated (resume, guard, metrics, watchdog, checkpoint, eval), what is only checked (data.num_images, data.num_classes), and
+        what changes speed alone (data.num_threads, model.activation_checkpointing) or when a run gives up (data.max_bad_records). A run
+        that a guard stopped may thus go on with another one. The batch sections count as the images of a step, see train.build.
         """
         return self.model_dump(
             mode="json",
             exclude={
-                **dict.fromkeys(("output", "resume", "guard", "metrics", "checkpoint", "eval"), True),
+                **dict.fromkeys(("output", "resume", "guard", "metrics", "watchdog", "checkpoint", "eval"), True),
                 "data": {"path", "num_threads", "num_images", "num_classes", "max_bad_records"},
                 "model": {"activation_checkpointing"},
             },

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -97,8 +99,10 @@ def read_ranks() -> Ranks:
 
 
 @contextmanager
-def process_group(ranks: Ranks, timeout: timedelta = timedelta(minutes=30)) -> Iterator[Ranks]:
+def process_group(ranks: Ranks, timeout: timedelta) -> Iterator[Ranks]:
     """Join the default process group (nccl on GPUs, gloo on CPUs) through DeepSpeed and leave it in order at the end.
+
+    ``timeout`` is that of the rendezvous and of the collectives of every group, those that DeepSpeed makes by itself included.
 
     Collectives: the rendezvous, and a barrier at a regular end (without it about half of the CPU runs abort in teardown).
     """
@@ -112,9 +116,19 @@ def process_group(ranks: Ranks, timeout: timedelta = timedelta(minutes=30)) -> I
     else:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
     deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", timeout=timeout, verbose=False)
+    # DeepSpeed passes new groups no timeout: they would have torch's default of 30 minutes (10 under NCCL).
+    deepspeed.comm.comm.cdb.new_group = partial(dist.new_group, timeout=timeout)
     yield Ranks(ranks.rank, ranks.local_rank, ranks.world_size, ranks.local_world_size, ranks.device, dist.group.WORLD)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def lost_connection(error: Exception) -> str | None:
+    """What a collective says if another rank is gone; None if ``error`` is of another kind. NCCL's words are not tried out yet."""
+    text = str(error)
+    if isinstance(error, RuntimeError) and ("gloo/transport" in text or "remote process exited" in text):
+        return re.sub(r"^\[[^]]*\] |\. This is typically .*", "", text.partition("\n")[0])  # gloo begins with [file:line]
+    return None
 
 
 def import_deepspeed(device: torch.device) -> None:

@@ -14,7 +14,7 @@ def train(run: Run) -> None:
     The head's fate is the engine's: if the engine skipped the step (a gradient was not finite on some rank), no center and no expectation
     moves either.
     """
-    phase = run.timer.phase
+    phase = run.phase
     run.enter_stage()
     run.timer.restart()
     while run.step < run.stages.total_steps:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,7 @@ from train.replicas import replicas, require_equal
 from train.report import progress_line, stage_line
 from train.stages import Stage, StageLosses, StageManager
 from train.stop import Flags, Stopped, StopRequests
+from train.watchdog import Watchdog
 
 
 @dataclass
@@ -86,6 +88,7 @@ class Run:
     checkpoints: Checkpoints
     metrics: Metrics
     timer: PhaseTimer
+    watchdog: Watchdog
     lock: OutputLock | None  # of the output, on rank 0
     stop: StopRequests
     flags: Flags
@@ -95,6 +98,14 @@ class Run:
     saved_step: int | None = None  # of the newest checkpoint that this process began, or went on from
     images_trained: int = 0  # over all ranks, without the current window
     seconds_trained: float = 0.0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A part of the step, one of train.metrics.PHASES: timed, and under its deadline."""
+        self.watchdog.enter(name, self.step)
+        with self.timer.phase(name):
+            yield
+        self.watchdog.enter("loop", self.step)  # not after an exception: what is said of it names the phase
 
     def enter_stage(self) -> None:
         """Set head, engine and loader to the stage of the coming step, after a resume too. Collectives: a gather, for another batch."""
@@ -231,12 +242,13 @@ class Run:
         Collectives: those of Flags.exchange; at the end a save and a gather.
         """
         stop, failed = self.flags.exchange(self.stop.reason is not None, self.checkpoints.failed)
-        if failed:
-            self.checkpoints.finish()
-        if stop:
-            if self.saved_step != self.step:
+        if not (stop or failed):
+            return
+        with self.phase("checkpoint"):
+            if stop and not failed and self.saved_step != self.step:
                 self.save()
             self.checkpoints.finish()
+        if stop:
             reasons = self.ranks.gather(self.stop.reason)
             why = "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)
             raise Stopped(f"stopped at step {self.step} ({why}); its checkpoint is complete, start again to go on from it")

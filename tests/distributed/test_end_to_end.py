@@ -58,6 +58,8 @@ def test_faces_become_a_verified_model_and_every_rank_serves_metrics(tmp_path):
         time.sleep(0.05)
     output, errors = process.communicate()
     assert process.returncode == 0, errors
+    assert not (run / "stacks").exists(), "the watchdog raised an alarm"
+    assert "TCPStore" not in errors  # torch's word for ranks that leave in the wrong order
 
     for rank, text in seen.items():
         assert value(text, "lvface_images_total") > 0, f"rank {rank}"

@@ -52,7 +52,8 @@ def kill() -> None:
 
 
 def hold_the_interpreter() -> None:
-    """As a library that waits without releasing Python's lock."""
+    """As a library that waits without releasing Python's lock, undisturbed by signals."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     ctypes.PyDLL(None).sleep(1000)
 
 

@@ -158,6 +158,10 @@ def test_every_problem_of_a_file_is_reported_with_its_line(tmp_path):
         (["model.name=vit_x"], "model.name: must be one of "),
         (["stages.0.margin={kind: arc}"], 'stages.0.margin: kind must be one of unified, adaface, magface, got "arc" (command line)'),
         (["head.margin={kind: magface, u_a: 5}"], "head.margin.u_a: must be above l_a = 10, got 5 (command line)"),
+        (
+            ["watchdog.step_s=300"],
+            "watchdog.step_s: must be above data_s = 300, got 300: in a step others wait for a rank without data (command line)",
+        ),
         (["head.loss=uniface"], "stages.1.centers: pco joins two softmax terms; with head.loss: uniface use learned, replace or vpl"),
         (
             ["head.margin.curricular=true", "head.loss=uniface", "stages.1.centers=vpl"],
@@ -260,7 +264,8 @@ def test_the_resolved_recipe_reads_back_as_an_equal_object(recipe, tmp_path):
 
 
 SAME = ["output=elsewhere", "resume=never", "metrics.port=0", "checkpoint.every_steps=5", "data.path=moved", "data.num_threads=7",
-        "model.activation_checkpointing=true", "eval={images: i, pairs: p}", "guard.spike_factor=3", "data.num_images=5"]  # fmt: skip
+        "model.activation_checkpointing=true", "eval={images: i, pairs: p}", "guard.spike_factor=3", "data.num_images=5",
+        "watchdog.data_s=9"]  # fmt: skip
 OTHER = ["seed=1", "optimizer.lr=1e-3", "batch.micro_batch_size=3", "stages.0.epochs=1", "head.margin.m2=0.4", "data.augment.flip=0",
          "model.mask_ratio=0.1", "model.compile=true", "schedule.decay=polynomial", "data.min_images_per_identity=2"]  # fmt: skip
 
@@ -278,7 +283,7 @@ def test_the_mathematics_see_every_change_of_what_is_computed(recipe):
 
 def test_ranks_must_share_everything_but_the_places_of_things(recipe):
     local = ["output=elsewhere", "metrics.port=0", "metrics.host=0.0.0.0", "data.path=moved", "data.num_threads=7"]
-    shared = ["metrics.log_every=3", "checkpoint.every_steps=5", "guard.max_skipped=9", "seed=1", "resume=never"]
+    shared = ["metrics.log_every=3", "checkpoint.every_steps=5", "guard.max_skipped=9", "watchdog.data_s=9", "seed=1", "resume=never"]
     plain = load_run_config(recipe).shared_values()
     assert load_run_config(recipe, local).shared_values() == plain
     assert all(load_run_config(recipe, [override]).shared_values() != plain for override in shared)

@@ -1,5 +1,6 @@
 # make demo   a small run through every stage on synthetic faces, on this machine's CPU or GPUs
-# make test   the whole test suite
+# make test   the test suite, but for faults that need a launcher each
+# make faults every fault that a run survives or names, with a table
 # make lint   ruff
 # Each makes .venv first and installs the pinned requirements into it.
 
@@ -8,7 +9,7 @@ RANKS ?= 2
 DEMO := runs/demo
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test lint clean-demo
+.PHONY: demo test faults lint clean-demo
 
 demo: .venv/installed | $(DEMO)/shards $(DEMO)/heldout
 	rm -f $(DEMO)/summary.json
@@ -33,7 +34,10 @@ clean-demo:
 	rm -rf $(DEMO)
 
 test: .venv/installed-dev
-	python -m pytest --numprocesses 2  # tests at a time; many start ranks of their own
+	python -m pytest --numprocesses 2 -m "not slow"  # two tests at a time; many start ranks of their own
+
+faults: .venv/installed-dev
+	python -m pytest --numprocesses 2 tests/faults
 
 lint: .venv/installed-dev
 	ruff check .

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -151,10 +152,10 @@ class Checkpoints:
         }
         state = self._host.of(state)
         partial = self.folder.partial(step, self._token)
+        self.report.blocked_seconds = time.monotonic() - begin  # but for the handing over
         self._written = self._thread.submit(self._write, partial, state, begin)
         if self._ranks.is_first:
             self._committed = self._thread.submit(self._commit, partial, manifest, begin)
-        self.report.blocked_seconds = time.monotonic() - begin
 
     @property
     def failed(self) -> bool:
@@ -206,21 +207,20 @@ class Checkpoints:
                 torch.save(state, file)
             replace_file(path.with_name(f"{path.name}.json"), json.dumps(file.description()))
         except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of what the file raises
-            reason = file.error or error
-            raise CheckpointError(
-                f"{path}: cannot be written ({getattr(reason, 'strerror', None) or reason}; {_gb(free_bytes(partial))} are free); the "
-                "checkpoints before it are whole: mend that and start again"
-            ) from error
+            raise CheckpointError(_not_written(path, file.error or error)) from error
         self.report.write_seconds = time.monotonic() - begin
 
     def _commit(self, partial: Path, manifest: Manifest, begin: float) -> None:
         files = self._await_rank_files(partial)
-        rank_files = RankFiles(partial, self._ranks.world_size)
-        files[BACKBONE] = self._write_backbone(partial / BACKBONE, rank_files.backbone())
-        if rank_files.of(0)["ema"]:
-            files[BACKBONE_EMA] = self._write_backbone(partial / BACKBONE_EMA, rank_files.backbone("mean"))
-        score = self._score(partial / BACKBONE) if self._score else None
-        self.last = self.folder.commit(partial, {**manifest, "score": score, "files": files}, self._retention)
+        try:
+            rank_files = RankFiles(partial, self._ranks.world_size)
+            files[BACKBONE] = self._write_backbone(partial / BACKBONE, rank_files.backbone())
+            if rank_files.of(0)["ema"]:
+                files[BACKBONE_EMA] = self._write_backbone(partial / BACKBONE_EMA, rank_files.backbone("mean"))
+            score = self._score(partial / BACKBONE) if self._score else None
+            self.last = self.folder.commit(partial, {**manifest, "score": score, "files": files}, self._retention)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise CheckpointError(_not_written(partial, error)) from error
         free, report = free_bytes(self.last), self.report
         report.write_seconds, report.step, report.free_bytes = time.monotonic() - begin, manifest["step"], free
         report.score = math.nan if score is None else score
@@ -301,6 +301,14 @@ class Saved:
             seed_rank(seed, rank, self.step)
         else:
             restore_random_state(self.rank_state["random"])
+
+
+def _not_written(path: Path, error: Exception) -> str:
+    reason = getattr(error, "strerror", None) or error
+    return (
+        f"{path}: cannot be written ({reason}; {_gb(free_bytes(path.parent))} are free); the checkpoints before it are whole: mend that "
+        "and start again"
+    )
 
 
 def _gb(size: float) -> str:

@@ -1,6 +1,7 @@
 """The whole path from the command line: draw, pack, train on 2 ranks through both stages, scrape, evaluate."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -47,7 +48,8 @@ def test_faces_become_a_verified_model_and_every_rank_serves_metrics(tmp_path):
             {"name": "early", "epochs": 4, "sample_rate": 0.5, "update_expectation": True},
             {"name": "stable", "epochs": 4, "centers": "pco", "update_expectation": True},
         ],
-        eval={"images": str(tmp_path / "heldout"), "pairs": str(tmp_path / "pairs.txt")},
+        eval={"images": str(tmp_path / "heldout"), "pairs": str(tmp_path / "pairs.txt"), "every_checkpoint": True},
+        checkpoint={"every_steps": 20, "keep_last": 1, "keep_best": 1},
         metrics={"port": port, "log_every": 1},
     )
     process = launch_process(recipe, ranks=2, ds_config=ROOT / "ds_configs/zero1_bf16.json")
@@ -68,6 +70,14 @@ def test_faces_become_a_verified_model_and_every_rank_serves_metrics(tmp_path):
             assert value(text, f'lvface_step_seconds{{phase="{phase}"}}') > 0
         for series in ("loss", "learning_rate", "gradient_norm", "loss_scale", "sample_rate", "epoch", "step"):
             assert value(text, f"lvface_{series}") is not None
+
+    scores = {int(step): float(score) for step, score in re.findall(r"checkpoint \S+/step_(\d+) \(.*, score (\S+)\)", output)}
+    assert scores.keys() == {20, 28, 40, 56}
+    best = max(scores, key=lambda step: (scores[step], step))
+    assert {int(path.name[5:]) for path in (run / "checkpoints").glob("step_*")} == {best, 56}
+    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["checkpoint_score"] == pytest.approx(scores[line["checkpoint_step"]], abs=1e-4)
+    assert line["checkpoint_blocked_seconds"] < line["checkpoint_write_seconds"]
 
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 8 * (240 // (2 * 8 * 2))  # whole global batches alone

@@ -81,6 +81,7 @@ def test_more_ranks_than_batches_is_refused_with_the_numbers(recipe):
     assert "num_images=96 is less than one global batch of 256 (world_size=2, batch_size=64)" in error
 
 
+@pytest.mark.fault("damaged records after a kill", "named; no checkpoint lost")
 def test_more_damaged_records_than_allowed_stop_every_rank_and_lose_no_checkpoint(shards, recipe, tmp_path):
     """A killed run meets damaged labels when it goes on. It stops, goes on with others in their place when that is allowed, and ends."""
     checkpoints = tmp_path / "run" / "checkpoints"

@@ -37,6 +37,8 @@ def stacks(folder: Path, rank: int) -> str:
     return (folder / f"run/stacks/rank_{rank:05d}.txt").read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.fault("a rank hangs while it reads", "rank and phase named, all stacks, exit code 3")
 def test_a_rank_without_data_is_named_with_its_phase_and_every_rank_tells_its_stacks(sabotage, tmp_path):
     result = sabotage(1, "data", 5, "sleep")
     (error,) = errors(result)
@@ -51,7 +53,8 @@ def test_a_rank_without_data_is_named_with_its_phase_and_every_rank_tells_its_st
     assert result.all_gone
 
 
-@pytest.mark.parametrize("rank", [0, 1])  # rank 0 keeps the store through which the ranks speak
+@pytest.mark.fault("SIGSTOP of rank {id}", "named, all ranks gone, exit code 3")
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])  # rank 0 keeps the store through which the ranks speak
 def test_a_stopped_process_is_named_and_does_not_stay_behind(rank, sabotage, tmp_path):
     result = sabotage(rank, "head", 5, "stop")
     (error,) = errors(result)
@@ -62,6 +65,8 @@ def test_a_stopped_process_is_named_and_does_not_stay_behind(rank, sabotage, tmp
     assert result.all_gone
 
 
+@pytest.mark.slow
+@pytest.mark.fault("a library holds the interpreter of rank 1", "named by the other, all ranks gone")
 def test_a_rank_whose_interpreter_is_held_is_named_by_the_other(sabotage, tmp_path):
     result = sabotage(1, "data", 5, "hold_the_interpreter")
     (error,) = errors(result)
@@ -70,6 +75,8 @@ def test_a_rank_whose_interpreter_is_held_is_named_by_the_other(sabotage, tmp_pa
     assert result.all_gone
 
 
+@pytest.mark.slow
+@pytest.mark.fault("a rank hangs before the first step", "named, exit code 3")
 def test_a_rank_that_hangs_before_the_first_step_is_named(sabotage, tmp_path):
     result = sabotage(1, "start", 1, "sleep", start_s=20)
     (error,) = errors(result)
@@ -80,6 +87,8 @@ def test_a_rank_that_hangs_before_the_first_step_is_named(sabotage, tmp_path):
     assert result.all_gone
 
 
+@pytest.mark.slow
+@pytest.mark.fault("a rank hangs after the last step", "named, exit code 3")
 def test_a_rank_that_hangs_after_the_last_step_is_named(sabotage, tmp_path):
     result = sabotage(0, "end", 1, "sleep", end_s=4)
     (error,) = errors(result)
@@ -88,6 +97,8 @@ def test_a_rank_that_hangs_after_the_last_step_is_named(sabotage, tmp_path):
     assert result.all_gone
 
 
+@pytest.mark.slow
+@pytest.mark.fault("SIGKILL of rank 1: what the other says", "one line, exit code 1")
 def test_a_rank_that_is_killed_is_missed_at_once_and_without_a_traceback(sabotage, tmp_path):
     result = sabotage(1, "data", 5, "kill")
     (error,) = errors(result)

@@ -38,6 +38,7 @@ def said(output):
     return [json.loads(line) for line in (output / "skipped_steps.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.fault("infinite pixels for three steps, guard.then=rollback", "back to the checkpoint before, on with other images")
 def test_a_run_goes_back_to_the_checkpoint_before_the_trouble_and_on_with_other_images(shards, tmp_path):
     """Checkpoints at steps 3, 4, 6; the images of steps 5 to 7 are bad, so step 8 follows on the state of step 4, as step 5."""
     recipe = write_recipe(tmp_path / "recipe.yaml", shards, tmp_path / "run", guard={"max_skipped": 3, "then": "rollback"})
@@ -52,6 +53,7 @@ def test_a_run_goes_back_to_the_checkpoint_before_the_trouble_and_on_with_other_
     assert all(math.isfinite(loss) for loss in losses(tmp_path / "run").values())  # the last word on each step
 
 
+@pytest.mark.fault("infinite pixels for ever, guard.then=rollback", "stopped after max_rollbacks, rank named")
 def test_rollbacks_come_to_an_end(shards, tmp_path):
     recipe = write_recipe(
         tmp_path / "recipe.yaml", shards, tmp_path / "run", guard={"max_skipped": 2, "then": "rollback", "max_rollbacks": 2}
@@ -61,12 +63,14 @@ def test_rollbacks_come_to_an_end(shards, tmp_path):
         assert "on rank 1" in answer
 
 
+@pytest.mark.fault("infinite pixels before any checkpoint", "stopped")
 def test_without_a_checkpoint_before_the_trouble_the_run_stops(shards, tmp_path):
     recipe = write_recipe(tmp_path / "recipe.yaml", shards, tmp_path / "run", guard={"max_skipped": 2, "then": "rollback"})
     for answer in run_ranks(2, train_poisoned, recipe, [1, 2]):
         assert "no checkpoint from before step 1 to roll back to" in answer
 
 
+@pytest.mark.fault("infinite pixels on rank 0", "stopped after max_skipped; step, rank and records named")
 def test_a_run_that_may_not_go_back_stops_and_names_rank_and_records(shards, tmp_path):
     recipe = write_recipe(tmp_path / "recipe.yaml", shards, tmp_path / "run", guard={"max_skipped": 2})
     for answer in run_ranks(2, train_poisoned, recipe, [5, 6], 0):

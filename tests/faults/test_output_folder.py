@@ -17,6 +17,7 @@ def shards(tmp_path_factory):
     return packed_faces(tmp_path_factory.mktemp("output-folder"))
 
 
+@pytest.mark.fault("two runs on one output", "the second refused, the first unharmed")
 def test_a_second_run_on_an_output_is_refused_and_the_first_is_unharmed(shards, tmp_path):
     """The first stands still meanwhile, so that it cannot be over before the second one asks."""
     output = tmp_path / "run"

@@ -39,11 +39,13 @@ def finished(shards, tmp_path_factory):
 KILLS = [(1, 2), (0, 3), (1, 5), (0, 7), (0, "save", 2)]
 
 
+@pytest.mark.fault("SIGKILL of a rank: rank and step {id}", "continued bit for bit")
 @pytest.mark.parametrize("kill", KILLS, ids=lambda kill: "-".join(map(str, kill)))
 def test_a_killed_run_continues_bit_for_bit(kill, shards, finished, tmp_path):
     check_resume("zero1_fp32.json", kill, shards, finished, tmp_path)
 
 
+@pytest.mark.fault("SIGKILL of a rank under {id}", "continued bit for bit")
 @pytest.mark.parametrize("ds_config", ["zero3_fp32.json", "zero1_bf16.json", "zero3_bf16.json"])  # zero2_fp32: SWITCHES, below
 def test_every_zero_stage_and_precision_resumes_bit_for_bit(ds_config, shards, finished, tmp_path):
     check_resume(ds_config, (1, 5), shards, finished, tmp_path)
@@ -93,6 +95,7 @@ def test_stages_switch_at_the_step_that_their_thresholds_and_lengths_say(switche
     assert stages == ["alignment", "stabilization", "refinement", "refinement"]
 
 
+@pytest.mark.fault("SIGKILL around a stage switch: rank and step {id}", "continued bit for bit")
 @pytest.mark.parametrize(
     "kill", [(0, 2), (0, "save", 2), (0, 3), (1, 5), (0, "save", 5), (1, 6)], ids=lambda kill: "-".join(map(str, kill))
 )
@@ -150,6 +153,7 @@ def resumed_from(group, recipe, ds_config, overrides):
     return steps[0] if steps else None
 
 
+@pytest.mark.fault("one bit of a saved file changed", "named; the checkpoint before is used")
 def test_a_changed_bit_is_found_and_the_checkpoint_before_is_used(shards, finished, tmp_path):
     output = copy_of(finished, tmp_path)
     damaged = output / "checkpoints/step_00000008/rank_00001.pt"
@@ -169,6 +173,7 @@ def test_a_pointer_that_a_kill_left_behind_is_set_right(shards, finished, tmp_pa
     assert (output / "checkpoints/latest").read_text() == "step_00000008\n"
 
 
+@pytest.mark.fault("every manifest lost", "refused; no new start")
 def test_a_run_whose_checkpoints_are_all_damaged_stops_instead_of_starting_again(shards, finished, tmp_path):
     output = copy_of(finished, tmp_path)
     for manifest in output.glob("checkpoints/*/manifest.json"):
@@ -257,6 +262,7 @@ def test_only_stages_that_have_not_begun_may_differ_and_only_in_a_branch(overrid
         assert expected in answer
 
 
+@pytest.mark.fault("another global batch", "refused with both values")
 def test_another_global_batch_is_refused_with_both_values(shards, finished, tmp_path):
     recipe = write_recipe(tmp_path / "recipe.yaml", shards, finished("zero1_fp32.json"))
     (answer,) = run_ranks(1, resumed_from, recipe, "zero1_fp32.json", ())
@@ -281,6 +287,7 @@ def train_with_another_recipe_on_rank_1(group, recipe):
         train_on_rank(group, recipe, "zero1_fp32.json", overrides)
 
 
+@pytest.mark.fault("another recipe on rank 1", "refused before training")
 def test_ranks_that_read_different_recipes_are_stopped_before_training(shards, tmp_path):
     run_ranks(2, train_with_another_recipe_on_rank_1, write_recipe(tmp_path / "recipe.yaml", shards, tmp_path / "run"))
 
@@ -297,5 +304,6 @@ def train_with_centers_that_are_not_finite(group, recipe):
         train_on_rank(group, recipe, "zero1_fp32.json", ["guard.max_skipped=3"])
 
 
+@pytest.mark.fault("class centers not finite", "every step skipped; stopped with advice")
 def test_a_run_that_skips_every_step_stops_and_names_the_steps(shards, tmp_path):
     run_ranks(2, train_with_centers_that_are_not_finite, write_recipe(tmp_path / "recipe.yaml", shards, tmp_path / "run"))

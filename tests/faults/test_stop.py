@@ -60,7 +60,13 @@ REQUESTS = {
 }
 
 
-@pytest.mark.parametrize("request_", REQUESTS)
+def marks(request):
+    """One of them is enough for every change."""
+    return [] if request == "SIGTERM to rank 1" else [pytest.mark.slow]
+
+
+@pytest.mark.fault("{id}", "one checkpoint, exit code 75; continued bit for bit")
+@pytest.mark.parametrize("request_", [pytest.param(name, marks=marks(name)) for name in REQUESTS])
 def test_a_request_to_stop_ends_in_one_checkpoint_and_the_run_goes_on_from_it(request_, scene, finished):
     action, reason = REQUESTS[request_]
     scene.start(SLOW, checkpoint={"every_steps": 99})
@@ -91,6 +97,8 @@ def check_continued(scene, finished):
         assert not [name for name, value in theirs.items() if not value.equal(mine[name])]
 
 
+@pytest.mark.slow
+@pytest.mark.fault("SIGTERM at the {id} of a run", "ends at once, exit code 75; continued bit for bit")
 @pytest.mark.parametrize("place", ["start", "end"])
 def test_outside_of_training_the_run_ends_at_once(place, scene, finished):
     scene.start({"rank": 0, "place": place, "call": 1, "fault": "sleep"})
@@ -105,6 +113,8 @@ def test_outside_of_training_the_run_ends_at_once(place, scene, finished):
     check_continued(scene, finished)
 
 
+@pytest.mark.slow
+@pytest.mark.fault("SIGTERM in a step that does not end", "cut off after grace_s; continued bit for bit")
 def test_a_step_that_does_not_end_is_cut_off_after_the_grace_period(scene, finished):
     scene.start({"rank": 1, "place": "data", "call": 11, "fault": "sleep"}, checkpoint={"every_steps": 2, "grace_s": 3})
     scene.wait_for_call()
@@ -118,6 +128,8 @@ def test_a_step_that_does_not_end_is_cut_off_after_the_grace_period(scene, finis
     check_continued(scene, finished)
 
 
+@pytest.mark.slow
+@pytest.mark.fault("SIGUSR1 while a checkpoint is written", "it is finished; continued bit for bit")
 def test_a_request_while_a_checkpoint_is_written_lets_it_be_finished(scene, finished):
     scene.start({"rank": 0, "place": "commit", "call": 1, "fault": "nap_long"}, checkpoint={"every_steps": 3})
     scene.wait_for_call()
@@ -129,6 +141,8 @@ def test_a_request_while_a_checkpoint_is_written_lets_it_be_finished(scene, fini
     check_continued(scene, finished)
 
 
+@pytest.mark.slow
+@pytest.mark.fault("SIGTERM to torchrun", "one checkpoint, exit code 75; continued bit for bit")
 def test_torchrun_passes_a_request_on(scene, finished):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m"]
     scene.start(SLOW, launcher=command, checkpoint={"every_steps": 99})
@@ -141,6 +155,8 @@ def test_torchrun_passes_a_request_on(scene, finished):
     check_continued(scene, finished)
 
 
+@pytest.mark.slow
+@pytest.mark.fault("Ctrl-C", "exit code 130; continued bit for bit")
 def test_ctrl_c_leaves_nothing_torn(scene, finished):
     scene.start(SLOW, checkpoint={"every_steps": 2})
     scene.wait_for_step(3)
@@ -151,6 +167,8 @@ def test_ctrl_c_leaves_nothing_torn(scene, finished):
     check_continued(scene, finished)
 
 
+@pytest.mark.slow
+@pytest.mark.fault("SIGKILL of rank 1 under the launcher", "no summary.json, all ranks gone; continued bit for bit")
 def test_a_killed_rank_leaves_no_mark_of_success_whatever_the_launcher_says(scene, finished):
     scene.start(SLOW, checkpoint={"every_steps": 2})
     scene.wait_for_step(3)
@@ -163,6 +181,7 @@ def test_a_killed_rank_leaves_no_mark_of_success_whatever_the_launcher_says(scen
     check_continued(scene, finished)
 
 
+@pytest.mark.fault("no checkpoint, and resume=required", "refused")
 def test_resume_required_refuses_to_begin_at_step_0(shards, tmp_path):
     recipe = write_recipe(tmp_path / "recipe.yaml", shards, tmp_path / "run", resume="required")
     command = [sys.executable, "-m", "train", "--config", recipe, "--deepspeed_config", "ds_configs/zero1_fp32.json"]

@@ -27,6 +27,8 @@ def record(**changes) -> StepRecord:
         "skipped_steps": 1, "images_per_second": 100.0, "step_seconds": {phase: 0.25 for phase in PHASES}, "eta_seconds": 60.0,
         "target_cosine_smoothed": 0.3, "expectation_cosine": 0.5, "expectation_classes": 9.0, "center_expectation_cosine": 0.8,
         "expectation_drift": 0.01, "curricular_t": 0.2, "uniface_bias": 7.0, "norm_mean": 20.0, "norm_std": 3.0,
+        "checkpoint_step": 10.0, "checkpoint_blocked_seconds": 0.1, "checkpoint_write_seconds": 2.0, "checkpoint_free_bytes": 1e12,
+        "checkpoint_score": 0.9,
     }  # fmt: skip
     return StepRecord(**{**values, **changes})
 

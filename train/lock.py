@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
+from train.processes import ProcessStat
+
 FILE_NAME = ".lock"
 
 
@@ -106,8 +108,7 @@ def _refusal(output: Path, owner: Owner | None) -> str:
 def _start_ticks(pid: int) -> int | None:
     """When a process of this host started, as :class:`Owner` counts it; None if no such process is alive."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        stat = ProcessStat.of(pid)
     except OSError:
         return None
-    state, *fields = stat.rpartition(")")[2].split()  # the program's name, in brackets, may hold anything
-    return None if state in "ZX" else int(fields[18])  # Z: dead, and its parent has not noticed
+    return None if stat.state in "ZX" else stat.started

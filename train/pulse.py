@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from train.processes import ProcessStat
+
 KEEPER = 0  # rank whose process keeps the store
 
 
@@ -29,21 +31,16 @@ class Process:
     @classmethod
     def current(cls) -> Process:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        _, started = _read_stat(os.getpid())
-        return cls(socket.gethostname(), f"{boot} {os.readlink('/proc/self/ns/pid')}", os.getpid(), started)
+        pid = os.getpid()
+        return cls(socket.gethostname(), f"{boot} {os.readlink('/proc/self/ns/pid')}", pid, ProcessStat.of(pid).started)
 
     def state(self) -> str:
         """The kernel's letter: T is stopped, D waits for a disk, Z has ended, "" is gone (proc(5)). Of a process of this node."""
         try:
-            state, started = _read_stat(self.pid)
+            stat = ProcessStat.of(self.pid)
         except OSError:
             return ""
-        return state if started == self.started else ""
-
-
-def _read_stat(pid: int) -> tuple[str, int]:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # the name before it may hold anything
-    return fields[0], int(fields[19])
+        return stat.state if stat.started == self.started else ""
 
 
 @dataclass(frozen=True)

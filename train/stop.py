@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from train.dist import Ranks
+from train.processes import ProcessStat
 
 STOPPED = 75  # exit code; EX_TEMPFAIL of sysexits.h: "try again"
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -98,7 +99,7 @@ def _launchers() -> list[int]:
     while pid > 0 and hasattr(os, "pidfd_open"):
         try:
             command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
-            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            parent = ProcessStat.of(pid).parent
         except OSError:  # gone meanwhile
             break
         if not any(name in command for name in _LAUNCHERS):

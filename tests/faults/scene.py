@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tests.launch import launch_process
 from tests.training import write_recipe
+from train.processes import ProcessStat
 
 _LIMIT_S = 120
 
@@ -86,7 +87,7 @@ class Scene:
     @property
     def starter(self) -> int:
         """The launcher's child, parent of the ranks."""
-        return int(Path(f"/proc/{self.pid(0)}/stat").read_text().rpartition(")")[2].split()[1])
+        return ProcessStat.of(self.pid(0)).parent
 
     def pid(self, rank: int) -> int:
         return int((self.folder / f"pid_{rank}").read_text())

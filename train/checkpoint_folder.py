@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from data_pipeline.names import is_plain_name
 from data_pipeline.output import replace_file, sync_folder
 
 BACKBONE, BACKBONE_EMA = "backbone.safetensors", "backbone_ema.safetensors"
@@ -184,7 +185,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
         raise CheckpointError(f"its format is {found}, this version reads {FORMAT}")
     if checkpoint.name != step_name(step):
         raise CheckpointError(f"its manifest is of step {step}")
-    strangers = [name for name in described if name != Path(name).name or name in (".", "..")]
+    strangers = [name for name in described if not is_plain_name(name)]
     if strangers:
         raise CheckpointError(f"its manifest names {strangers[0]!r}, which is no file in it")
     return manifest

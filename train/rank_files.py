@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class RankFiles:
         BatchNorm statistics are pooled, see :func:`pooled_buffers`.
         """
         engine = self.of(0)["engine"]
-        weights = {name: self.piece(kind, name, 0, _product(shape)).view(shape) for name, shape in engine["shapes"].items()}
+        weights = {name: self.piece(kind, name, 0, math.prod(shape)).view(shape) for name, shape in engine["shapes"].items()}
         return {**weights, **self._buffers(kind)}
 
     def state_for(self, rank: int, world_size: int) -> RankState:
@@ -120,7 +121,3 @@ def pooled_buffers(ranks: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
             value = sum(rank[name].double() for rank in ranks) / len(ranks)
         pooled[name] = value.to(own.dtype)
     return pooled
-
-
-def _product(shape: Sequence[int]) -> int:
-    return torch.Size(shape).numel()

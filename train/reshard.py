@@ -7,6 +7,7 @@ file or a few, not all that hold something of it.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import secrets
 import shutil
@@ -74,7 +75,7 @@ def _equal_part(old: RankFiles, rank: int, world_size: int) -> dict[str, dict[st
     kinds = ["master", *engine["moments"], *(["mean"] if old.of(0)["ema"] else [])]
     pieces = {}
     for name, shape in engine["shapes"].items():
-        elements = torch.Size(shape).numel()
+        elements = math.prod(shape)
         size = -(-elements // world_size)
         start, stop = min(rank * size, elements), min((rank + 1) * size, elements)
         if start < stop:

@@ -114,9 +114,13 @@ class Run:
         self.head.set_stage(config.sample_rate, config.centers, config.update_expectation, margin, curricular)
         self.guard.enter_stage(stage.name)
         set_batch(self.engine, stage.micro_batch_size, stage.grad_accum_steps)
-        if (self.batches.batch_size, self.batches.global_batch_size) != (stage.micro_batch_size, stage.images_per_step):
+        if not self._reads_for(stage):
             self.batches = self.ranks.together(lambda: self.open_batches(stage.index, bad_records=self.batches.bad_records))
         self.ranks.say(stage_line(stage, self.stages.start, self.stages.stop))
+
+    def _reads_for(self, stage: Stage) -> bool:
+        """Whether the loader's batches are those of ``stage``."""
+        return (self.batches.batch_size, self.batches.global_batch_size) == (stage.micro_batch_size, stage.images_per_step)
 
     def stage_is_over(self) -> bool:
         """Whether the coming step begins another stage. Collectives: a broadcast, now and then, where a stage may end before its time."""
@@ -224,13 +228,10 @@ class Run:
         if newest is None:
             raise RankError(f"no checkpoint from before step {before} to roll back to; set checkpoint.every_steps")
         saved = self.ranks.together(lambda: self.checkpoints.read(newest))
-        guard_state = self.guard.state()
         self.stages.load_state(saved.run_state["stages"], saved.step)
-        stage = self.stages.stage
-        if (self.batches.batch_size, self.batches.global_batch_size) != (stage.micro_batch_size, stage.images_per_step):
+        if not self._reads_for(self.stages.stage):
             raise RankError(f"cannot roll back to {newest}: its stage had another batch, and its images begin anew; start again from it")
-        self.resume(saved)
-        self.guard.load_state(guard_state)
+        self._restore(saved)
         self.ranks.say(f"{self.guard.rolled_back(saved.run_state['guard'])}, to {newest}; the next images follow")
         self.window = _Window()
         self.enter_stage()
@@ -255,9 +256,13 @@ class Run:
 
     def resume(self, saved: Saved) -> None:
         """Go on from a checkpoint. The loader was opened at its cursor already. Collectives: a gather of the low-precision weights."""
+        self._restore(saved)
+        self.guard.load_state(saved.run_state["guard"])
+
+    def _restore(self, saved: Saved) -> None:
+        """All but the guard, which remembers why it went back."""
         saved.restore(self.engine, self.ema, self.cfg.seed, self.ranks.rank)
         self.head.load_state(saved.rank_state["head"])
-        self.guard.load_state(saved.run_state["guard"])
         self.losses.load_state(saved.run_state["losses"])
         self.window = _Window.from_state(saved.run_state["window"], self.ranks.device)
         trained = saved.run_state["trained"]

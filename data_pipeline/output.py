@@ -52,11 +52,15 @@ def publish(fresh: Path, target: Path, owned: re.Pattern[str], *, force: bool = 
 
 
 def write_file(path: Path, content: str | bytes, *, append: bool = False) -> None:
-    """Write (or append to) a file, a text as UTF-8, down to the disk (fsync)."""
-    with open(path, "ab" if append else "wb") as file:
-        file.write(content.encode("utf-8") if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write (or append to) a file, a text as UTF-8, down to the disk (fsync). Raises OSError, which names the file."""
+    try:
+        with open(path, "ab" if append else "wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = os.fspath(path)  # a write knows it not
+        raise
 
 
 def replace_file(path: Path, content: str | bytes) -> None:

@@ -63,11 +63,17 @@ def write_recipe(path: Path, data: Path, output: Path, **changes) -> Path:
     return path
 
 
-def train_on_rank(group, recipe: Path, ds_config: str, overrides=(), kill=None) -> int:
-    """Train as ``python -m train`` would on this rank; returns the step reached.
+def recipe_for(world_size: int, *arguments, **changes) -> Path:
+    """:func:`write_recipe` for 1, 2 or 4 ranks: the same 32 images a step in two micro-batches."""
+    return write_recipe(*arguments, **{"batch": {"micro_batch_size": 16 // world_size, "grad_accum_steps": 2}, **changes})
 
-    ``kill=(rank, step)``: that rank kills itself with SIGKILL when it has taken that many steps. ``kill=(0, "save", n)``: rank 0 does in
-    the middle of its n-th save of this process, when the ranks' files are written and the manifest is not.
+
+def train_on_rank(group, recipe: Path, ds_config: str, overrides=(), kill=None) -> int:
+    """Train as ``python -m train`` would on this rank; returns the step reached. What it reads is noted for :func:`images_read`.
+
+    ``kill=(rank, step)``: that rank kills itself with SIGKILL when it has taken that many steps. ``kill=(rank, "within", step)``: it does
+    within that step, before it reads the second micro-batch. ``kill=(0, "save", n)``: rank 0 does in the middle of its n-th save of this
+    process, when the ranks' files are written and the manifest is not.
     """
     from train.build import build_run
     from train.checkpoint_folder import CheckpointFolder
@@ -84,15 +90,38 @@ def train_on_rank(group, recipe: Path, ds_config: str, overrides=(), kill=None) 
     ds, summary = load_ds_config(ROOT / "ds_configs" / ds_config, cfg, world_size, "cpu")
     watchdog = Watchdog(cfg.watchdog, ranks, cfg.output / "stacks")
     run = build_run(cfg, ds, summary, ranks, StopRequests(), watchdog)
-    if kill and kill[0] == rank and kill[1] == "save":
+    kill = kill[1:] if kill and kill[0] == rank else [None]
+    _note_reads(run, kill[1] if kill[0] == "within" else None)
+    if kill[0] == "save":
         commit, saves = CheckpointFolder.commit, iter(range(1, 100))
-        CheckpointFolder.commit = lambda *args: _die() if next(saves) == kill[2] else commit(*args)
-    elif kill and kill[0] == rank:
+        CheckpointFolder.commit = lambda *args: _die() if next(saves) == kill[1] else commit(*args)
+    elif isinstance(kill[0], int):
         record = run.record
-        run.record = lambda *args: (record(*args), run.step == kill[1] and _die())
+        run.record = lambda *args: (record(*args), run.step == kill[0] and _die())
     train(run)
     run.close()
     return run.step
+
+
+def _note_reads(run, last_step: int | None) -> None:
+    """Write down what every micro-batch of this process holds; die before the second one of ``last_step``."""
+    from data_pipeline.loader import FaceLoader
+
+    following, file = FaceLoader.__next__, (run.cfg.output / f"reads_{run.ranks.rank}.jsonl").open("a")
+    step = micro_batch = 0
+
+    def noted(self):
+        nonlocal step, micro_batch
+        micro_batch = micro_batch + 1 if run.step + 1 == step else 1
+        step = run.step + 1
+        if (step, micro_batch) == (last_step, 2):
+            _die()
+        batch = following(self)
+        file.write(json.dumps([step, micro_batch, batch.records()]) + "\n")
+        file.flush()
+        return batch
+
+    FaceLoader.__next__ = noted
 
 
 def _die() -> None:
@@ -103,6 +132,12 @@ def losses(output: Path) -> dict[int, float]:
     """Loss of every step, the last word on a step that was taken twice."""
     lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
     return {line["step"]: line["loss"] for line in lines}
+
+
+def images_read(output: Path, rank: int) -> dict[tuple[int, int], list[str]]:
+    """(step, micro-batch) -> names of the records that the rank trained on, the last word on a step that was taken twice."""
+    lines = map(json.loads, (output / f"reads_{rank}.jsonl").read_text().splitlines())
+    return {(step, micro_batch): records for step, micro_batch, records in lines}
 
 
 def final_state(output: Path, rank: int) -> dict[str, torch.Tensor]:
@@ -120,3 +155,14 @@ def final_state(output: Path, rank: int) -> dict[str, torch.Tensor]:
         if isinstance(value, torch.Tensor)
     }
     return {**load_file(folder / "backbone.safetensors"), **ema, **state["head"], **state["buffers"], **random, **pieces}
+
+
+def check_same_run(output: Path, expected: Path, world_size: int = 2) -> None:
+    """Every loss and every tensor of the last checkpoint is that of the run at ``expected``, bit for bit."""
+    assert losses(output) == losses(expected)
+    backbone = "checkpoints/step_00000008/backbone.safetensors"
+    assert (output / backbone).read_bytes() == (expected / backbone).read_bytes()
+    for rank in range(world_size):
+        mine, theirs = final_state(output, rank), final_state(expected, rank)
+        assert mine.keys() == theirs.keys()
+        assert not [name for name, value in theirs.items() if not torch.equal(mine[name], value)], f"rank {rank}"

@@ -105,8 +105,7 @@ def _train(cfg, ds_config, summary, ranks, stop, watchdog) -> None:
         run.close()
         raise
     watchdog.enter("end", run.step)
-    if ranks.is_first:  # the others wait at the end of the process group
-        write_summary(run, *evaluate(run))
+    ranks.together(lambda: write_summary(run, *evaluate(run)) if ranks.is_first else None)
     run.close()
 
 

@@ -54,7 +54,7 @@ def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks:
     if saved:
         ranks.say(f"resuming from {newest}: step {saved.step}, stage {saved.run_state['stage']}")
     if saved and saved.moved:
-        ranks.say(f"it was saved by {saved.moved}: the run goes on with the same images, but not bit for bit")
+        ranks.say(f"its layout is {saved.moved}: the run goes on with the same images, but not bit for bit")
     batches = ranks.together(lambda: _open_data_at(cfg, ranks, saved) if saved else _open_data(cfg, ranks, 0))
     _check_agreement(ranks, cfg, ds_config, batches)
     stages = ranks.together(lambda: _plan_stages(cfg, batches, ranks, saved))

@@ -9,7 +9,7 @@ from train.run import Run
 
 
 def train(run: Run) -> None:
-    """Take optimizer steps until the last stage is over, from wherever ``run.step`` stands, and see the last checkpoint committed.
+    """Take optimizer steps until the last stage is over, from wherever ``run.step`` stands, and see all that was written on the disk.
 
     The head's fate is the engine's: if the engine skipped the step (a gradient was not finite on some rank), no center and no expectation
     moves either.
@@ -59,4 +59,4 @@ def train(run: Run) -> None:
         if over:
             run.enter_stage()
     with phase("checkpoint"):
-        run.checkpoints.finish()
+        run.require_written()

@@ -10,7 +10,6 @@ import errno
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -182,13 +181,15 @@ class Metrics:
     Args:
         jsonl_path: appended to; None: no file.
         host, port: where to listen; this rank takes ``port + local_rank``, or the next free port (with a warning). port 0: no exporter.
+    Attributes: ``problem``, why the file could not be written at the last step; what is missing in it follows at the next.
     Raises: ConfigError when the address cannot be listened on.
     """
 
     def __init__(self, jsonl_path: Path | None, host: str, port: int, rank: int, local_rank: int, build: BuildInfo):
-        self._exported = _Exported(build)
+        self._exported, self._path = _Exported(build), jsonl_path
         self._file = _open_for_append(jsonl_path) if jsonl_path is not None and rank == 0 else None
         self._server: Any = None
+        self.problem: str | None = None
         self.port: int | None = None  # where the exporter really listens
         if port:
             registry = CollectorRegistry()
@@ -200,8 +201,17 @@ class Metrics:
         self._exported.update(record)
         if self._file is not None:
             line = {"time": time.time(), **finite_or_null(asdict(record))}  # time: seconds since 1970
-            self._file.write(json.dumps(line, allow_nan=False) + "\n")
-            self._file.flush()
+            try:
+                self._file.write(json.dumps(line, allow_nan=False) + "\n")
+                self._file.flush()
+                self.problem = None
+            except OSError as error:
+                self.problem = f"{self._path}: cannot be written ({error.strerror}); make that possible, and start again"
+
+    def require_written(self) -> None:
+        """Raises OSError unless the file holds every record."""
+        if self.problem:
+            raise OSError(self.problem)
 
     def close(self) -> None:
         """Stop the exporter, free its port, close the file. A second call does nothing."""
@@ -265,13 +275,13 @@ def _serve(registry: CollectorRegistry, host: str, wanted: int) -> tuple[Any, An
 
 
 def _open_for_append(path: Path) -> Any:
-    """Open for appending; a line torn by a killed run is closed first, so that the next one stays readable."""
+    """Open for appending; of a line that a killed run or a full disk has torn nothing stays, so that each one can be read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")  # in append mode it goes to the end
+        end = file.tell()
+        while end and (file.seek(end - 1), file.read(1))[1] != b"\n":
+            end -= 1
+        file.truncate(end)
     return path.open("a", encoding="utf-8")
 
 

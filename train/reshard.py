@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import secrets
 import shutil
 import sys
@@ -34,6 +33,7 @@ from train.rank_files import RankFiles, file_name
 from train.report import format_seconds
 
 _ERROR = 2
+_COPY_BYTES = 2**22  # at a time
 
 
 def reshard(checkpoint: Path, output: Path, world_size: int, say: Callable[[str], None] = print) -> Path:
@@ -64,8 +64,9 @@ def reshard(checkpoint: Path, output: Path, world_size: int, say: Callable[[str]
         say(f"rank {rank + 1}/{world_size}  {files[file_name(rank)]['bytes'] / 1e9:.3f} GB  ETA {format_seconds(left)}")
     for name in (BACKBONE, BACKBONE_EMA):  # the whole backbone is the same for any number
         if name in manifest["files"]:
-            _copy(checkpoint / name, partial / name)
-            files[name] = manifest["files"][name]
+            with (checkpoint / name).open("rb") as source, HashedFile(partial / name) as file:
+                shutil.copyfileobj(source, file, _COPY_BYTES)
+            files[name] = file.description()
     layout = {**manifest["layout"], "world_size": world_size}
     return folder.commit(partial, {**manifest, "layout": layout, "files": files}, Retention())
 
@@ -81,12 +82,6 @@ def _equal_part(old: RankFiles, rank: int, world_size: int) -> dict[str, dict[st
         if start < stop:
             pieces[name] = {"start": start, **{kind: old.piece(kind, name, start, stop) for kind in kinds}}
     return pieces
-
-
-def _copy(source: Path, target: Path) -> None:
-    shutil.copyfile(source, target)
-    with target.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def main(argv: Sequence[str]) -> int:

@@ -237,22 +237,30 @@ class Run:
         self.enter_stage()
 
     def heed(self) -> None:
-        """Between two steps: end the run, if any rank has been asked to stop or could not write its part of a checkpoint.
+        """Between two steps: end the run, if any rank has been asked to stop or could not write what it should.
 
         Raises: Stopped, with a checkpoint of this step; RankError. On every rank at the same step, the one after the cause.
-        Collectives: those of Flags.exchange; at the end a save and a gather.
+        Collectives: those of Flags.exchange; at the end a save, those of require_written and a gather.
         """
-        stop, failed = self.flags.exchange(self.stop.reason is not None, self.checkpoints.failed)
+        stop, failed = self.flags.exchange(self.stop.reason is not None, self.checkpoints.failed or self.metrics.problem is not None)
         if not (stop or failed):
             return
         with self.phase("checkpoint"):
             if stop and not failed and self.saved_step != self.step:
                 self.save()
-            self.checkpoints.finish()
+            self.require_written()
         if stop:
             reasons = self.ranks.gather(self.stop.reason)
             why = "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)
             raise Stopped(f"stopped at step {self.step} ({why}); its checkpoint is complete, start again to go on from it")
+
+    def require_written(self) -> None:
+        """Wait for the checkpoint that was begun. Raises RankError on every rank if it, or a log line, could not be written.
+
+        Collectives: three gathers at most.
+        """
+        self.checkpoints.finish()
+        self.ranks.together(self.metrics.require_written)
 
     def resume(self, saved: Saved) -> None:
         """Go on from a checkpoint. The loader was opened at its cursor already. Collectives: a gather of the low-precision weights."""

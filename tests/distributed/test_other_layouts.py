@@ -11,7 +11,7 @@ import torch.distributed as dist
 from model.class_shard import ClassShard
 from model.partial_fc import ROW_STATE, PartialFC
 from tests.ranks import run_ranks, run_thread_ranks
-from tests.training import IDENTITIES, ROOT, losses, packed_faces, train_on_rank, write_recipe
+from tests.training import IDENTITIES, ROOT, images_read, losses, packed_faces, train_on_rank, write_recipe
 from train.checkpoint_folder import BACKBONE, BACKBONE_EMA, read_manifest
 from train.rank_files import RankFiles, file_name, pooled_buffers
 
@@ -27,7 +27,7 @@ def shards(tmp_path_factory):
     return packed_faces(tmp_path_factory.mktemp("layouts"))
 
 
-def recipe_for(path, shards, output, world_size, **changes):
+def spread_recipe(path, shards, output, world_size, **changes):
     batch = {"micro_batch_size": MICRO_BATCH[world_size], "global_batch_size": BATCH}
     return write_recipe(path, shards, output, batch=batch, **changes)
 
@@ -36,7 +36,7 @@ def recipe_for(path, shards, output, world_size, **changes):
 def saved(shards, tmp_path_factory):
     """Output of 2 ranks of ZeRO 1 that stopped at step 4 of 8, and of the run that did not."""
     folder = tmp_path_factory.mktemp("two-ranks")
-    whole = recipe_for(folder / "whole.yaml", shards, folder / "whole", 2)
+    whole = spread_recipe(folder / "whole.yaml", shards, folder / "whole", 2)
     assert run_ranks(2, train_on_rank, whole, "zero1_fp32.json") == [8, 8]
     output = folder / "stopped"
     (output / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -46,11 +46,10 @@ def saved(shards, tmp_path_factory):
 
 
 def go_on(group, recipe, ds_config):
-    """Resume, save at once what was resumed, and train to the end; returns the sample ids of each step of this rank."""
-    from data_pipeline.loader import FaceLoader
+    """Resume, save at once what was resumed, and train to the end."""
     from train.run import Run
 
-    resume, following, read = Run.resume, FaceLoader.__next__, []
+    resume = Run.resume
 
     def resume_and_save(self, saved):
         resume(self, saved)
@@ -59,13 +58,8 @@ def go_on(group, recipe, ds_config):
         self.checkpoints.finish()
         self.checkpoints.folder.path = self.checkpoints.folder.path.with_name("checkpoints")
 
-    def noted(self):
-        batch = following(self)
-        read.append(batch.records())
-        return batch
-
-    Run.resume, FaceLoader.__next__ = resume_and_save, noted
-    return train_on_rank(group, recipe, ds_config), read
+    Run.resume = resume_and_save
+    return train_on_rank(group, recipe, ds_config)
 
 
 def check_same_state(old, new, world_size):
@@ -100,29 +94,24 @@ def check_same_state(old, new, world_size):
 def test_a_run_goes_on_at_another_world_size_and_zero_stage(world_size, ds_config, shards, saved, tmp_path):
     stopped, whole = saved
     subprocess.run(["cp", "-r", stopped, tmp_path / "run"], check=True)
-    recipe = recipe_for(tmp_path / "recipe.yaml", shards, tmp_path / "run", world_size)
-    results = run_ranks(world_size, go_on, recipe, ds_config)
-    assert [step for step, _ in results] == [8] * world_size
+    recipe = spread_recipe(tmp_path / "recipe.yaml", shards, tmp_path / "run", world_size)
+    assert run_ranks(world_size, go_on, recipe, ds_config) == [8] * world_size
     check_same_state(stopped / "checkpoints/step_00000004", tmp_path / "run/resumed/step_00000004", world_size)
     mine, theirs = losses(tmp_path / "run"), losses(whole)
     assert sorted(mine) == [5, 6, 7, 8]
     assert all(mine[step] == pytest.approx(theirs[step], rel=LOSS_TOLERANCE) for step in mine)
-    # Every step reads the images that the uninterrupted run read.
-    per_step = BATCH // (MICRO_BATCH[world_size] * world_size)  # micro-batches
-    spans = [range(step * per_step, (step + 1) * per_step) for step in range(4)]
-    read = [sorted(name for _, batches in results for micro in span for name in batches[micro]) for span in spans]
-    assert read == images_read(shards, whole)[4:]
+    assert images_of_steps(tmp_path / "run", world_size) == {step: images for step, images in images_of_steps(whole, 2).items() if step > 4}
     layout = read_manifest(tmp_path / "run/checkpoints/step_00000008")["layout"]
     assert layout == {"world_size": world_size, "zero_stage": int(ds_config[4]), "micro_batch_sizes": [MICRO_BATCH[world_size]] * 2}
 
 
-def images_read(shards, output):
-    """Of each of the 8 steps the names of its images, in order."""
-    from data_pipeline.loader import FaceLoader
-
-    data = RankFiles(output / "checkpoints/step_00000004", 2).of(0)["loader"]
-    loader = FaceLoader(shards, BATCH, seed=data["fingerprint"]["seed"])
-    return [sorted(next(loader).records()) for _ in range(8)]
+def images_of_steps(output, world_size):
+    """Of each step the names of its images on all ranks, in order."""
+    images = {}
+    for rank in range(world_size):
+        for (step, _), names in images_read(output, rank).items():
+            images.setdefault(step, []).extend(names)
+    return {step: sorted(names) for step, names in images.items()}
 
 
 def test_a_checkpoint_rewritten_offline_equals_the_one_that_ranks_of_that_number_read(shards, saved, tmp_path):
@@ -138,7 +127,7 @@ def test_a_checkpoint_rewritten_offline_equals_the_one_that_ranks_of_that_number
     subprocess.run(["cp", "-r", stopped, tmp_path / "direct"], check=True)
     finals = []
     for name in ("offline", "direct"):
-        recipe = recipe_for(tmp_path / f"{name}.yaml", shards, tmp_path / name, 3)
+        recipe = spread_recipe(tmp_path / f"{name}.yaml", shards, tmp_path / name, 3)
         assert run_ranks(3, train_on_rank, recipe, "zero2_fp32.json") == [8, 8, 8]
         finals.append((tmp_path / name / "checkpoints/step_00000008" / BACKBONE).read_bytes())
     assert losses(tmp_path / "offline") == losses(tmp_path / "direct")

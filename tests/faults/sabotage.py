@@ -2,11 +2,12 @@
 
 How is said by the environment variable SABOTAGE, JSON: ``{"rank": 1, "place": "data", "call": 5, "fault": "sleep", "notes": FOLDER}``; for
 ``rank`` null is none and "all" every one, for ``call`` "every" is each. Every rank leaves its process id in ``FOLDER/pid_<rank>``, the code
-it exits with in ``FOLDER/exit_<rank>``, and ``FOLDER/struck_<rank>`` when the fault strikes.
+it exits with in ``FOLDER/exit_<rank>``, and ``FOLDER/struck_<rank>`` when the fault strikes. ``FOLDER/run`` is the run's output.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import json
@@ -18,11 +19,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 # Where: a function of the project, before the ``call``-th call of which (from 1) the fault strikes.
 PLACES = {
     "start": "train.build:_open_data",
     "data": "data_pipeline.loader:FaceLoader.__next__",
     "head": "model.partial_fc:PartialFC.prepare",
+    "stage": "train.run:Run.enter_stage",
     "replicas": "train.run:Run.check_replicas",
     "write": "train.checkpoint_folder:HashedFile.write",
     "commit": "train.checkpoint_folder:CheckpointFolder.commit",
@@ -31,37 +35,48 @@ PLACES = {
 }
 
 
-def sleep() -> None:
+def sleep(*_: object) -> None:
     time.sleep(1000)
 
 
-def nap() -> None:
+def nap(*_: object) -> None:
     time.sleep(0.25)
 
 
-def nap_long() -> None:
+def nap_long(*_: object) -> None:
     time.sleep(3)
 
 
-def stop() -> None:
+def stop(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def kill() -> None:
+def kill(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def hold_the_interpreter() -> None:
+def hold_the_interpreter(*_: object) -> None:
     """As a library that waits without releasing Python's lock, undisturbed by signals."""
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     ctypes.PyDLL(None).sleep(1000)
 
 
-def fail_io() -> None:
+def fail_io(*_: object) -> None:
     raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
-FAULTS = {fault.__name__: fault for fault in (sleep, nap, nap_long, stop, kill, hold_the_interpreter, fail_io)}
+def fill_the_disk(*_: object) -> None:
+    """That the output is on."""
+    with contextlib.suppress(OSError), Path(json.loads(os.environ["SABOTAGE"])["notes"], "run/filler").open("wb", buffering=0) as filler:
+        while filler.write(bytes(2**12)):
+            pass
+
+
+def flip_a_bit(run) -> None:
+    run.engine.module.pos_embed.data.view(-1)[-1:].view(torch.uint8)[0] ^= 1
+
+
+FAULTS = {fault.__name__: fault for fault in (sleep, nap, nap_long, stop, kill, hold_the_interpreter, fail_io, fill_the_disk, flip_a_bit)}
 
 
 def strike(place: str, call: int | str, fault: str, note: Callable[[], None]) -> None:
@@ -74,7 +89,7 @@ def strike(place: str, call: int | str, fault: str, note: Callable[[], None]) ->
     def sabotaged(*args, **kwargs):
         if next(calls) == call or call == "every":
             note()
-            FAULTS[fault]()
+            FAULTS[fault](*args)
         return original(*args, **kwargs)
 
     setattr(owner, attribute, sabotaged)

@@ -5,32 +5,23 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.scene import Scene
 from tests.launch import errors
-from tests.training import packed_faces
 from train.watchdog import HUNG
 
 DEADLINES = {"data_s": 3, "step_s": 5, "checkpoint_s": 200, "start_s": 200, "end_s": 200}
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    return packed_faces(tmp_path_factory.mktemp("hangs"))
-
-
 @pytest.fixture
-def sabotage(shards, tmp_path):
+def sabotage(scene):
     """Trains two ranks of which one goes wrong."""
-    with Scene(tmp_path, shards) as scene:
 
-        def run(rank, place, call, fault, **deadlines):
-            plan = {"rank": rank, "place": place, "call": call, "fault": fault}
-            scene.start(plan, watchdog={**DEADLINES, **deadlines})
-            result = scene.end()
-            result.codes, result.all_gone = scene.codes(), scene.all_gone()
-            return result
+    def run(rank, place, call, fault, **deadlines):
+        scene.start({"rank": rank, "place": place, "call": call, "fault": fault}, watchdog={**DEADLINES, **deadlines})
+        result = scene.end()
+        result.codes, result.all_gone = scene.codes(), scene.all_gone()
+        return result
 
-        yield run
+    return run
 
 
 def stacks(folder: Path, rank: int) -> str:

@@ -2,17 +2,18 @@
 
 import json
 import math
+import re
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from tests.launch import errors
 from tests.ranks import run_ranks
-from tests.training import losses, packed_faces, train_on_rank, write_recipe
-from train.dist import RankError
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    return packed_faces(tmp_path_factory.mktemp("numerics"))
+from tests.training import check_same_run, losses, train_on_rank, write_recipe
+from train.config import GuardConfig
+from train.dist import RankError, Ranks
+from train.guard import Guard
 
 
 def train_poisoned(group, recipe, poisoned, rank=1, overrides=()):
@@ -77,3 +78,40 @@ def test_a_run_that_may_not_go_back_stops_and_names_rank_and_records(shards, tmp
         assert "steps 5 to 6 were all skipped" in answer
         assert "on rank 0" in answer
     assert {line["step"]: line["ranks"] for line in said(tmp_path / "run")} == {5: [0], 6: [0]}
+
+
+@pytest.mark.slow
+@pytest.mark.fault("a bit of a weight flips on rank 1", "found at the next check; step, ranks and parameter named")
+def test_a_flipped_bit_stops_the_run_and_it_goes_on_from_the_checkpoint_before(scene, finished):
+    """ZeRO's weights are whole on every rank until the step that gathers them anew; two calls a step."""
+    changes = {"guard": {"replica_check_steps": 6}}
+    scene.start({"rank": 1, "place": "replicas", "call": 12, "fault": "flip_a_bit"}, **changes)
+    result = scene.end()
+    (error,) = errors(result)
+    assert re.search(r"step 6: rank 0 on \S+, rank 1 on \S+: different values of pos_embed, and no majority .* Start again", error)
+    assert scene.codes() == {0: 2, 1: 2}
+    assert list(losses(scene.output)) == [1, 2, 3, 4, 5]
+    assert scene.finish(**changes).returncode == 0
+    check_same_run(scene.output, finished())
+
+
+def spend_the_loss_scale(group, folder):
+    """A run under fp16 whose every step overflows, as the guard sees it: no backbone on a CPU computes in fp16."""
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    guard = Guard(GuardConfig(max_skipped=3), Ranks(rank, rank, world_size, world_size, torch.device("cpu"), group), folder, "fp16")
+    guard.enter_stage("only")
+    for step in range(1, 9):
+        guard.watch(torch.tensor(9.0), list)
+        try:
+            guard.after_step(step, torch.tensor(9.0), applied=False, not_finite_ranks=list)
+        except RankError as error:
+            return step, str(error)
+    return step, "nothing"
+
+
+@pytest.mark.fault("fp16 overflows in every step", "stopped after max_skipped, with advice")
+def test_overflows_of_fp16_without_end_stop_the_run_with_advice(tmp_path):
+    for step, said in run_ranks(2, spend_the_loss_scale, tmp_path):
+        assert step == 3
+        assert "steps 1 to 3 were all skipped: fp16 overflow (3 x)" in said
+        assert "bf16 in place of fp16" in said

@@ -9,12 +9,7 @@ import time
 import pytest
 
 from tests.launch import errors, launch, launch_process
-from tests.training import losses, packed_faces, write_recipe
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    return packed_faces(tmp_path_factory.mktemp("output-folder"))
+from tests.training import losses, write_recipe
 
 
 @pytest.mark.fault("two runs on one output", "the second refused, the first unharmed")

@@ -9,46 +9,55 @@ import torch.distributed as dist
 
 from model.partial_fc import PartialFC
 from tests.ranks import run_ranks
-from tests.training import final_state, losses, packed_faces, train_on_rank, write_recipe
+from tests.training import check_same_run, final_state, images_read, losses, recipe_for, train_on_rank, write_recipe
 from train.dist import RankError
 
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    return packed_faces(tmp_path_factory.mktemp("resume"))
-
-
-@pytest.fixture(scope="module")
-def finished(shards, tmp_path_factory):
-    """Output folders of uninterrupted runs, one per DeepSpeed config."""
-    folder, runs = tmp_path_factory.mktemp("finished"), {}
-
-    def get(ds_config):
-        if ds_config not in runs:
-            output = folder / ds_config
-            recipe = write_recipe(folder / f"{ds_config}.yaml", shards, output)
-            assert run_ranks(2, train_on_rank, recipe, ds_config) == [8, 8]
-            runs[ds_config] = output
-        return runs[ds_config]
-
-    return get
-
-
 # Checkpoints stand at steps 3, 4 (stage end), 6 and 8; an epoch is 3 steps. Killed: in the early stage before any checkpoint; one step
-# before and after the stage switch; in the second half; while saving at the stage switch.
-KILLS = [(1, 2), (0, 3), (1, 5), (0, 7), (0, "save", 2)]
+# before and after the stage switch; in the second half; between two micro-batches; while saving at the stage switch.
+KILLS = [(1, 2), (0, 3), (1, 5), (0, 7), (1, "within", 6), (0, "save", 2)]
+SLOW_KILLS = [(1, 5), (0, 7)]
 
 
-@pytest.mark.fault("SIGKILL of a rank: rank and step {id}", "continued bit for bit")
-@pytest.mark.parametrize("kill", KILLS, ids=lambda kill: "-".join(map(str, kill)))
+def kills(all_, slow):
+    """As parameters; the ``slow`` ones are for `make faults`."""
+
+    def text(rank, *when):
+        return f"rank {rank} {'after step' if isinstance(when[0], int) else f'{when[0]} step'} {when[-1]}".replace("save step", "in save")
+
+    return pytest.mark.parametrize(
+        "kill", [pytest.param(kill, marks=pytest.mark.slow if kill in slow else (), id=text(*kill)) for kill in all_]
+    )
+
+
+@pytest.mark.fault("SIGKILL of {id}", "continued bit for bit")
+@kills(KILLS, SLOW_KILLS)
 def test_a_killed_run_continues_bit_for_bit(kill, shards, finished, tmp_path):
-    check_resume("zero1_fp32.json", kill, shards, finished, tmp_path)
+    check_resume(finished(), shards, tmp_path, "zero1_fp32.json", kill)
 
 
-@pytest.mark.fault("SIGKILL of a rank under {id}", "continued bit for bit")
+@pytest.mark.fault("SIGKILL of a rank within a step, under {id}", "continued bit for bit")
 @pytest.mark.parametrize("ds_config", ["zero3_fp32.json", "zero1_bf16.json", "zero3_bf16.json"])  # zero2_fp32: SWITCHES, below
 def test_every_zero_stage_and_precision_resumes_bit_for_bit(ds_config, shards, finished, tmp_path):
-    check_resume(ds_config, (1, 5), shards, finished, tmp_path)
+    check_resume(finished(ds_config), shards, tmp_path, ds_config, (1, "within", 5))
+
+
+def layouts():
+    """World size, ZeRO stage, and when a rank is killed; all but two are for `make faults`."""
+    for world_size in (1, 4):
+        for stage in (1, 2, 3):
+            for when in ("within a step", "in a save"):
+                fast = (world_size, stage, when) in [(1, 1, "in a save"), (4, 3, "within a step")]
+                marks = () if fast else pytest.mark.slow
+                yield pytest.param(world_size, stage, when, marks=marks, id=f"{when}, world size {world_size}, ZeRO {stage}")
+
+
+@pytest.mark.fault("SIGKILL {id}", "continued bit for bit")
+@pytest.mark.parametrize(("world_size", "stage", "when"), layouts())
+def test_one_rank_and_four_continue_bit_for_bit(world_size, stage, when, shards, finished, tmp_path):
+    """In the middle of an epoch, by the last rank; or by the first at the switch of stages."""
+    ds_config = f"zero{stage}_fp32.json"
+    kill = (world_size - 1, "within", 5) if when == "within a step" else (0, "save", 2)
+    check_resume(finished(ds_config, world_size), shards, tmp_path, ds_config, kill, world_size)
 
 
 # A threshold ends the first stage a step early, at 2; the second takes 1 more and ends at 5; the third has another batch, margin and
@@ -95,29 +104,26 @@ def test_stages_switch_at_the_step_that_their_thresholds_and_lengths_say(switche
     assert stages == ["alignment", "stabilization", "refinement", "refinement"]
 
 
-@pytest.mark.fault("SIGKILL around a stage switch: rank and step {id}", "continued bit for bit")
-@pytest.mark.parametrize(
-    "kill", [(0, 2), (0, "save", 2), (0, 3), (1, 5), (0, "save", 5), (1, 6)], ids=lambda kill: "-".join(map(str, kill))
-)
+SWITCH_KILLS = [(0, 2), (0, "save", 2), (0, 3), (1, 5), (0, "save", 5), (1, "within", 6)]
+
+
+@pytest.mark.fault("SIGKILL of {id}; stages of other batches begin after steps 2 and 5", "continued bit for bit")
+@kills(SWITCH_KILLS, [(0, 2), (0, 3), (1, 5)])
 def test_a_run_killed_around_a_switch_continues_bit_for_bit(kill, shards, switched, tmp_path):
-    check_resume("zero2_fp32.json", kill, shards, lambda _: switched, tmp_path, **SWITCHES)
+    check_resume(switched, shards, tmp_path, "zero2_fp32.json", kill, **SWITCHES)
 
 
-def check_resume(ds_config, kill, shards, finished, tmp_path, **changes):
-    expected, output = finished(ds_config), tmp_path / "run"
-    recipe = write_recipe(tmp_path / "recipe.yaml", shards, output, **changes)
+def check_resume(expected, shards, tmp_path, ds_config, kill, world_size=2, **changes):
+    """Killed and started again, a run ends as the one at ``expected`` did."""
+    output = tmp_path / "run"
+    recipe = recipe_for(world_size, tmp_path / "recipe.yaml", shards, output, **changes)
     with pytest.raises(AssertionError, match=r"ranks ended without a traceback|failed"):
-        run_ranks(2, train_on_rank, recipe, ds_config, (), kill)
-    assert run_ranks(2, train_on_rank, recipe, ds_config) == [8, 8]
-    assert losses(output) == losses(expected)
+        run_ranks(world_size, train_on_rank, recipe, ds_config, (), kill)
+    assert run_ranks(world_size, train_on_rank, recipe, ds_config) == [8] * world_size
     assert not list(output.glob("checkpoints/*.partial*"))
-    backbone = "checkpoints/step_00000008/backbone.safetensors"
-    assert (output / backbone).read_bytes() == (expected / backbone).read_bytes()
-    for rank in range(2):
-        mine, theirs = final_state(output, rank), final_state(expected, rank)
-        assert mine.keys() == theirs.keys()
-        different = [name for name, tensor in mine.items() if not torch.equal(tensor, theirs[name])]
-        assert not different, f"rank {rank}"
+    check_same_run(output, expected, world_size)
+    for rank in range(world_size):
+        assert images_read(output, rank) == images_read(expected, rank)
 
 
 def test_a_log_window_that_the_kill_cut_in_two_is_logged_whole(shards, tmp_path):
@@ -162,7 +168,7 @@ def test_a_changed_bit_is_found_and_the_checkpoint_before_is_used(shards, finish
     damaged.write_bytes(content)
     recipe = write_recipe(tmp_path / "recipe.yaml", shards, output)
     assert run_ranks(2, resumed_from, recipe, "zero1_fp32.json", ()) == ["step_00000006"] * 2
-    assert losses(output) == losses(finished("zero1_fp32.json"))
+    assert losses(output) == losses(finished())
 
 
 def test_a_pointer_that_a_kill_left_behind_is_set_right(shards, finished, tmp_path):
@@ -193,7 +199,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_stops_instead_of_starting_again
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused_with_both_values(overrides, ds_config, expected, shards, finished, tmp_path):
-    recipe = write_recipe(tmp_path / "recipe.yaml", shards, finished("zero1_fp32.json"))
+    recipe = write_recipe(tmp_path / "recipe.yaml", shards, finished())
     overrides = [override.format(empty=tmp_path / "empty") for override in overrides]
     for answer in run_ranks(2, resumed_from, recipe, ds_config, overrides):
         assert expected in answer
@@ -214,7 +220,7 @@ def test_a_run_that_branches_off_equals_one_that_had_the_other_stage_from_the_st
     assert run_ranks(2, resumed_from, recipe, "zero1_fp32.json", [*other, "resume=branch"]) == ["step_00000004"] * 2
     whole = write_recipe(tmp_path / "whole.yaml", shards, tmp_path / "whole")
     assert run_ranks(2, train_on_rank, whole, "zero1_fp32.json", other) == [8, 8]
-    assert losses(output) == losses(tmp_path / "whole") != losses(finished("zero1_fp32.json"))
+    assert losses(output) == losses(tmp_path / "whole") != losses(finished())
     for rank in range(2):
         mine, theirs = final_state(output, rank), final_state(tmp_path / "whole", rank)
         assert not [name for name, tensor in mine.items() if not torch.equal(tensor, theirs[name])]
@@ -264,7 +270,7 @@ def test_only_stages_that_have_not_begun_may_differ_and_only_in_a_branch(overrid
 
 @pytest.mark.fault("another global batch", "refused with both values")
 def test_another_global_batch_is_refused_with_both_values(shards, finished, tmp_path):
-    recipe = write_recipe(tmp_path / "recipe.yaml", shards, finished("zero1_fp32.json"))
+    recipe = write_recipe(tmp_path / "recipe.yaml", shards, finished())
     (answer,) = run_ranks(1, resumed_from, recipe, "zero1_fp32.json", ())
     assert "recipe.stages.0.batch.images: this run has 16, the checkpoint 32" in answer
 

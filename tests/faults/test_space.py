@@ -1,25 +1,16 @@
 """Disks that are full, broken or not to be written to: the run says which file and how much is missing, and loses no checkpoint."""
 
+import re
 import resource
+import subprocess
 
 import pytest
 
-from tests.faults.scene import Scene
 from tests.launch import errors, launch
 from tests.ranks import run_ranks
-from tests.training import losses, packed_faces, train_on_rank, write_recipe
+from tests.training import check_same_run, losses, train_on_rank, write_recipe
+from train.checkpoint_folder import problem_of
 from train.dist import RankError
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    return packed_faces(tmp_path_factory.mktemp("space"))
-
-
-@pytest.fixture
-def scene(shards, tmp_path):
-    with Scene(tmp_path, shards) as scene:
-        yield scene
 
 
 def steps_saved(output):
@@ -57,6 +48,36 @@ def test_a_file_system_that_takes_no_more_stops_the_run_and_the_checkpoint_befor
     assert steps_saved(scene.output) == before
     assert run_ranks(2, train_on_rank, recipe, "zero1_fp32.json") == [8, 8]
     assert sorted(losses(scene.output)) == list(range(1, 9))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 128 MB, room for five checkpoints."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128m", "tmpfs", folder], capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"no small file system could be mounted, so none was filled: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.fault("the disk fills while a checkpoint is written", "file named, exit code 2 on all ranks; continued bit for bit")
+def test_a_disk_that_fills_while_a_checkpoint_is_written_loses_none_of_those_before(scene, small_disk, finished):
+    """A rank's file takes some 500 writes: the third is cut in two."""
+    scene.output.symlink_to(small_disk)
+    scene.start({"rank": 0, "place": "write", "call": 1400, "fault": "fill_the_disk"}, checkpoint={"every_steps": 1, "keep_last": 2})
+    result = scene.end()
+    (error,) = errors(result)
+    assert re.search(rf"{re.escape(str(scene.output))}\S*: cannot be written \(No space left on device", error)
+    assert scene.codes() == {0: 2, 1: 2}
+    assert scene.all_gone()
+    assert steps_saved(scene.output) == [1, 2]
+    assert problem_of(scene.output / "checkpoints/step_00000002") is None
+    (scene.output / "filler").unlink()
+    assert scene.finish(checkpoint={"every_steps": 1, "keep_last": 2}).returncode == 0
+    check_same_run(scene.output, finished())
 
 
 def train_with_little_space(group, recipe, free):

@@ -9,33 +9,13 @@ import time
 
 import pytest
 
-from tests.faults.scene import Scene
 from tests.ranks import run_ranks
-from tests.training import ROOT, final_state, free_port, losses, packed_faces, train_on_rank, write_recipe
+from tests.training import ROOT, check_same_run, free_port, train_on_rank, write_recipe
+from train.checkpoint_folder import problem_of
 from train.stop import STOPPED
 
 # Every batch takes so long to come that a signal finds the run in the middle of its 8 steps of two batches.
 SLOW = {"rank": "all", "place": "data", "call": "every", "fault": "nap"}
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    return packed_faces(tmp_path_factory.mktemp("stop"))
-
-
-@pytest.fixture(scope="module")
-def finished(shards, tmp_path_factory):
-    """Output of a run that nobody stopped."""
-    folder = tmp_path_factory.mktemp("finished")
-    recipe = write_recipe(folder / "recipe.yaml", shards, folder / "run")
-    assert run_ranks(2, train_on_rank, recipe, "zero1_fp32.json") == [8, 8]
-    return folder / "run"
-
-
-@pytest.fixture
-def scene(shards, tmp_path):
-    with Scene(tmp_path, shards) as scene:
-        yield scene
 
 
 def send(number, *who):
@@ -89,12 +69,7 @@ def test_a_request_to_stop_ends_in_one_checkpoint_and_the_run_goes_on_from_it(re
 def check_continued(scene, finished):
     """Started again, it ends as the run that nobody stopped."""
     assert run_ranks(2, train_on_rank, scene.folder / "recipe.yaml", "zero1_fp32.json") == [8, 8]
-    assert losses(scene.output) == losses(finished)
-    backbone = "checkpoints/step_00000008/backbone.safetensors"
-    assert (scene.output / backbone).read_bytes() == (finished / backbone).read_bytes()
-    for rank in (0, 1):
-        mine, theirs = final_state(scene.output, rank), final_state(finished, rank)
-        assert not [name for name, value in theirs.items() if not value.equal(mine[name])]
+    check_same_run(scene.output, finished())
 
 
 @pytest.mark.slow
@@ -138,6 +113,29 @@ def test_a_request_while_a_checkpoint_is_written_lets_it_be_finished(scene, fini
     assert re.search(r"stopped at step \d \(rank 1: SIGUSR1\)", result.stdout)
     assert (scene.output / "checkpoints/step_00000003/manifest.json").exists()
     assert scene.codes() == {0: STOPPED, 1: STOPPED}
+    check_continued(scene, finished)
+
+
+@pytest.mark.slow
+@pytest.mark.fault("SIGTERM while a stage begins", "one checkpoint at a step of it; continued bit for bit")
+def test_a_request_while_a_stage_begins_is_heeded_at_its_next_step(scene, finished):
+    scene.start({"rank": "all", "place": "stage", "call": 2, "fault": "nap_long"}, checkpoint={"every_steps": 99})
+    scene.wait_for_call()
+    send(TERM, 0)(scene)
+    result = scene.end()
+    assert re.search(r"stopped at step [56] \(rank 0: SIGTERM\)", result.stdout), result.stdout + result.stderr
+    assert scene.codes() == {0: STOPPED, 1: STOPPED}
+    check_continued(scene, finished)
+
+
+@pytest.mark.slow
+@pytest.mark.fault("SIGKILL of rank 0 as it deletes an old checkpoint", "the new one is whole; continued bit for bit")
+def test_a_kill_in_a_deletion_leaves_the_new_checkpoint(scene, finished):
+    scene.start({"rank": 0, "place": "delete", "call": 2, "fault": "kill"}, checkpoint={"every_steps": 2, "keep_last": 1})
+    scene.end()
+    assert scene.all_gone()
+    assert (scene.output / "checkpoints/latest").read_text() == "step_00000006\n"
+    assert problem_of(scene.output / "checkpoints/step_00000006") is None
     check_continued(scene, finished)
 
 

@@ -1,5 +1,6 @@
 """The metrics table, a real exporter scraped over HTTP, the JSON lines and the phase timer."""
 
+import contextlib
 import json
 import math
 import re
@@ -176,13 +177,29 @@ def test_one_json_line_per_record_is_on_disk_at_once_with_null_for_what_is_not_f
     assert (second["loss"], second["gradient_norm"], second["step_seconds"]) == (None, None, {"total": None})
 
 
-def test_the_file_is_appended_to_and_a_torn_last_line_is_closed(open_metrics, tmp_path):
+@pytest.mark.parametrize("whole", ["", '{"step": 1}\n'])
+@pytest.mark.parametrize("torn", ["", '{"ste'])
+def test_the_file_is_appended_to_and_a_torn_last_line_goes(whole, torn, open_metrics, tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"ste')
+    path.write_text(whole + torn)
     open_metrics(path).record_step(record())
     lines = path.read_text().splitlines()
-    assert lines[:2] == ['{"step": 1}', '{"ste']
-    assert json.loads(lines[2])["step"] == 20
+    assert lines[:-1] == whole.splitlines()
+    assert json.loads(lines[-1])["step"] == 20
+
+
+def test_a_line_that_cannot_be_written_is_a_problem_until_it_could_be(open_metrics, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    metrics = open_metrics(path)
+    metrics.record_step(record())
+    file = metrics._file
+    with contextlib.suppress(OSError), open("/dev/full", "w") as metrics._file:
+        metrics.record_step(record())
+    with pytest.raises(OSError, match=rf"^{path}: cannot be written \(No space left on device\)"):
+        metrics.require_written()
+    metrics._file = file
+    metrics.record_step(record())
+    metrics.require_written()
 
 
 def test_other_ranks_write_no_file(open_metrics, tmp_path):

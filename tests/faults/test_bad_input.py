@@ -24,6 +24,7 @@ def recipe(shards, tmp_path):
     return write_recipe(tmp_path / "recipe.yaml", shards, tmp_path / "run")
 
 
+@pytest.mark.fault("a misspelt recipe key", "named once, exit code 2")
 def test_a_misspelt_recipe_key_is_named_once_and_every_rank_fails(recipe, tmp_path):
     recipe.write_text(recipe.read_text() + "optimiser: {lr: 1.0}\n")
     result = launch(recipe, ranks=2)
@@ -117,6 +118,7 @@ def test_a_pairs_file_that_is_not_there_is_an_error_before_training(recipe, tmp_
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.fault("a set of other classes than the checkpoint's", "refused with both numbers")
 def test_a_set_of_another_class_count_than_the_checkpoint_is_refused(recipe, tmp_path):
     assert launch(recipe, ranks=1).returncode == 0
     result = launch(recipe, "data.min_images_per_identity=1", f"data.path={packed_faces_of(11, tmp_path)}")
@@ -133,6 +135,7 @@ def packed_faces_of(identities, folder):
     return folder / "other"
 
 
+@pytest.mark.fault("a metrics port that is taken", "the next one, with a warning")
 def test_an_occupied_metrics_port_is_a_warning_and_training_goes_on(recipe, tmp_path):
     with socket.socket() as occupied:
         occupied.bind(("127.0.0.1", 0))

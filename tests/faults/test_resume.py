@@ -1,7 +1,10 @@
 """A killed run goes on as if nothing had happened, and a damaged checkpoint is passed over or refused, never half used."""
 
 import json
+import os
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ import torch.distributed as dist
 from model.partial_fc import PartialFC
 from tests.ranks import run_ranks
 from tests.training import check_same_run, final_state, images_read, losses, recipe_for, train_on_rank, write_recipe
-from train.dist import RankError
+from train.dist import RankError, Ranks
 
 # Checkpoints stand at steps 3, 4 (stage end), 6 and 8; an epoch is 3 steps. Killed: in the early stage before any checkpoint; one step
 # before and after the stage switch; in the second half; between two micro-batches; while saving at the stage switch.
@@ -51,7 +54,7 @@ def layouts():
                 yield pytest.param(world_size, stage, when, marks=marks, id=f"{when}, world size {world_size}, ZeRO {stage}")
 
 
-@pytest.mark.fault("SIGKILL {id}", "continued bit for bit")
+@pytest.mark.fault("SIGKILL within a step and in a save, 1 and 4 ranks, ZeRO 1, 2 and 3", "continued bit for bit")
 @pytest.mark.parametrize(("world_size", "stage", "when"), layouts())
 def test_one_rank_and_four_continue_bit_for_bit(world_size, stage, when, shards, finished, tmp_path):
     """In the middle of an epoch, by the last rank; or by the first at the switch of stages."""
@@ -159,18 +162,49 @@ def resumed_from(group, recipe, ds_config, overrides):
     return steps[0] if steps else None
 
 
-@pytest.mark.fault("one bit of a saved file changed", "named; the checkpoint before is used")
-def test_a_changed_bit_is_found_and_the_checkpoint_before_is_used(shards, finished, tmp_path):
-    output = copy_of(finished, tmp_path)
-    damaged = output / "checkpoints/step_00000008/rank_00001.pt"
-    content = bytearray(damaged.read_bytes())
+def resumed_and_said(group, recipe, ds_config):
+    """What resumed_from returns, and all that this rank had to say."""
+    said, say = [], Ranks.say
+    Ranks.say = lambda self, text: (said.append(text), say(self, text))
+    return resumed_from(group, recipe, ds_config, ()), said
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
-    damaged.write_bytes(content)
+    path.write_bytes(content)
+
+
+def exchange(path):
+    """With the other rank's file, which is as good but for its place."""
+    other, aside = path.with_name("rank_00000.pt"), path.with_name("aside")
+    path.rename(aside)
+    other.rename(path)
+    aside.rename(other)
+
+
+DAMAGES = {
+    "a bit changed": (flip_a_bit, "the SHA-256 of rank_00001.pt is not the manifest's: its content has changed"),
+    "cut short": (lambda path: os.truncate(path, path.stat().st_size - 1), r"rank_00001.pt has \d+ bytes, the manifest says \d+"),
+    "removed": (Path.unlink, "rank_00001.pt is missing"),
+    "exchanged with another rank's": (exchange, r"rank_0000\d.pt (has|is not)|the SHA-256 of rank_0000\d.pt is not the manifest's"),
+}
+
+
+@pytest.mark.fault("a rank's file of the newest checkpoint {id}", "named; the checkpoint before is used")
+@pytest.mark.parametrize("damage", [pytest.param(name, marks=() if name == "a bit changed" else pytest.mark.slow) for name in DAMAGES])
+def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(damage, shards, finished, tmp_path):
+    output = copy_of(finished, tmp_path)
+    action, expected = DAMAGES[damage]
+    action(output / "checkpoints/step_00000008/rank_00001.pt")
     recipe = write_recipe(tmp_path / "recipe.yaml", shards, output)
-    assert run_ranks(2, resumed_from, recipe, "zero1_fp32.json", ()) == ["step_00000006"] * 2
+    (step, said), (other_step, _) = run_ranks(2, resumed_and_said, recipe, "zero1_fp32.json")
+    assert step == other_step == "step_00000006"
+    assert re.search(f"passing over checkpoint {output}/checkpoints/step_00000008: {expected}", "\n".join(said))
     assert losses(output) == losses(finished())
 
 
+@pytest.mark.fault("the pointer `latest` left behind by a kill", "set right; the newest complete checkpoint is used")
 def test_a_pointer_that_a_kill_left_behind_is_set_right(shards, finished, tmp_path):
     output = copy_of(finished, tmp_path)
     (output / "checkpoints/latest").write_text("step_00000006\n")
@@ -189,6 +223,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_stops_instead_of_starting_again
         assert "no checkpoint here is complete (4 passed over" in answer
 
 
+@pytest.mark.fault("a checkpoint of another run, or where none should be", "refused with both values")
 @pytest.mark.parametrize(
     ("overrides", "ds_config", "expected"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch.distributed as dist
 from torch import Tensor
@@ -17,8 +18,9 @@ class Collectives:
     thread of its own. Operands must not be touched before the result is asked for.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self._group = group
+    def __init__(self, group: dist.ProcessGroup | None, waiting: Callable[[], AbstractContextManager] = nullcontext) -> None:
+        """``waiting``: entered around every wait for a transfer, to time it."""
+        self._group, self._waiting = group, waiting
         self.rank = dist.get_rank(group) if group is not None else 0
         self.world_size = dist.get_world_size(group) if group is not None else 1
 
@@ -27,7 +29,7 @@ class Collectives:
         if self.world_size == 1:
             return lambda: x
         out = x.new_empty(x.shape[0] * self.world_size, *x.shape[1:])
-        return _result(dist.all_gather_single(out, x.contiguous(), group=self._group, async_op=True), out)
+        return self._result(dist.all_gather_single(out, x.contiguous(), group=self._group, async_op=True), out)
 
     def sum(self, x: Tensor) -> Started:
         """Sum over ranks, in place."""
@@ -42,17 +44,17 @@ class Collectives:
         if self.world_size == 1:
             return lambda: x
         out = x.new_empty(x.shape[0] // self.world_size, *x.shape[1:])
-        return _result(dist.reduce_scatter_single(out, x, group=self._group, async_op=True), out)
+        return self._result(dist.reduce_scatter_single(out, x, group=self._group, async_op=True), out)
 
     def _reduce(self, x: Tensor, op: dist.ReduceOp) -> Started:
         if self.world_size == 1:
             return lambda: x
-        return _result(dist.all_reduce(x, op, group=self._group, async_op=True), x)
+        return self._result(dist.all_reduce(x, op, group=self._group, async_op=True), x)
 
+    def _result(self, work: dist.Work, out: Tensor) -> Started:
+        def wait() -> Tensor:
+            with self._waiting():
+                work.wait()
+            return out
 
-def _result(work: dist.Work, out: Tensor) -> Started:
-    def wait() -> Tensor:
-        work.wait()
-        return out
-
-    return wait
+        return wait

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Literal, get_args
 
@@ -19,6 +21,7 @@ from model.kernels.products import Products
 from model.margin import MARGIN_GRADIENTS, MarginGradient, check_margin, curricular_t
 from model.micro_batch import Choice, Moving, Pending, Prepared, Union, no_gradient
 from model.norm_margin import AdaFace, NormMargin, NormStatistics, SampleMargin, next_norm_statistics
+from model.observation import Observation
 from model.optimizer import CentersOptimizerKind, RowSparseAdamW, build_centers_optimizer, unite_rows
 from model.prototypes import Expectation, LastEmbeddings
 from model.sharded_softmax import Batch, Objective, ShardedSoftmax, Term
@@ -78,6 +81,7 @@ class PartialFC:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         device: torch.device | str | None = None,
+        waiting: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         """
         Args:
@@ -105,6 +109,7 @@ class PartialFC:
             optimizer: ``row_sparse`` touches sampled rows only; ``dense`` is the field's AdamW over all rows.
             betas, eps: of AdamW.
             device: of the centers; None: the current GPU under an nccl group, else torch's default device.
+            waiting: entered around every wait for a transfer, to time it.
 
         Raises:
             ValueError: an argument outside its range.
@@ -129,7 +134,7 @@ class PartialFC:
                 raise ValueError(f"{name} must be positive, got {value}")
         if product_dtype is None:
             product_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self._ranks = Collectives(group)
+        self._ranks = Collectives(group, waiting)
         self._products = Products(product_dtype, device)
         self._chunk_rows = chunk_rows
         self.shard = ClassShard(num_classes, self._ranks.rank, self._ranks.world_size)
@@ -144,6 +149,8 @@ class PartialFC:
         self._seed, self._draws, self._steps = seed, 0, 0
         self._prepared: Prepared | None = None
         self._pending = Pending()
+        self.observation = Observation(device)
+        self.observing = False  # whether micro-batches are observed for what costs time; equal on all ranks
         # Of the last global micro-batch, before the margin: mean cos_y, mean of its square, and mean cosine to the own expectation.
         self.target_cosine = self.target_cosine_square = self.expectation_cosine = torch.full((), math.nan, device=device)
         self.set_stage(sample_rate, centers, update_expectation=False, margin=margin, curricular=curricular)
@@ -219,6 +226,11 @@ class PartialFC:
     def expectation_seen(self) -> Tensor:
         """[c] bool: classes of which an embedding was averaged in."""
         return self._expectation.seen
+
+    @property
+    def expectation_updates(self) -> int:
+        """How often an expectation of this rank's classes got a value since this process began; the host waits for the device."""
+        return int(self._expectation.updates)
 
     def prepare(self, labels: Tensor) -> None:
         """Gather the labels of the coming micro-batch and choose the classes that it scores.
@@ -369,22 +381,24 @@ class PartialFC:
     def statistics(self) -> dict[str, float]:
         """How the class centers and expectations of all ranks do, for a log; the host waits for the device. NaN: no meaning.
 
-        ``expectation_classes``: classes that have an expectation; ``center_expectation_cosine``: mean over them of cos(w_j, e_j);
-        ``expectation_drift``: mean of 1 - cos over the expectations that the last applied step moved; ``expectation_cosine``: mean
-        cosine of the last micro-batch to its own expectations; ``curricular_t``, ``uniface_bias``, ``norm_mean`` and ``norm_std``: state
-        of these losses.
+        ``center_norm``: mean L2 norm of the class centers; ``expectation_classes``: classes that have an expectation;
+        ``center_expectation_cosine``: mean over them of cos(w_j, e_j); ``expectation_drift``: mean of 1 - cos over the expectations that
+        the last applied step moved; ``expectation_cosine``: mean cosine of the last micro-batch to its own expectations; ``curricular_t``,
+        ``uniface_bias``, ``norm_mean`` and ``norm_std``: state of these losses.
 
-        Collectives: one all-reduce of [4] float64.
+        Collectives: one all-reduce of [5] float64.
         """
         seen = self.expectation_seen
-        own = torch.zeros(4, dtype=torch.float64, device=self.weight.device)
+        own = torch.zeros(5, dtype=torch.float64, device=self.weight.device)
         own[0] = seen.sum()
         for weight, expectation in zip(self.weight.split(_ROWS_AT_ONCE), self.expectation.split(_ROWS_AT_ONCE), strict=True):
             own[1] += F.cosine_similarity(weight, expectation).sum()  # e is 0 where it is not seen
-        own[2:] = self._expectation.drift
-        classes, cosines, drift, moved = self._ranks.sum(own)().tolist()
+            own[2] += torch.linalg.vector_norm(weight, dim=1).sum()
+        own[3:] = self._expectation.drift
+        classes, cosines, norms, drift, moved = self._ranks.sum(own)().tolist()
         adaptive = isinstance(self.margin, AdaFace)
         return {
+            "center_norm": norms / self.num_classes,
             "expectation_classes": classes,
             "center_expectation_cosine": cosines / classes if classes else math.nan,
             "expectation_drift": drift / moved if moved else math.nan,
@@ -454,8 +468,14 @@ class _Loss(torch.autograd.Function):
         head.target_cosine, head.target_cosine_square = own.mean().float(), own.mean_square().float()
         head.expectation_cosine = cosines[_E].mean().float() if _E in cosines else torch.full_like(head.target_cosine, math.nan)
         moving, margin = head._move(own.mean(), None if gathering_norms is None else gathering_norms().squeeze(1).double())
-        walked = walker.walk(Batch(samples, cosines, margin, moving.t if head.curricular else None), with_gradients)
+        observing = head.observing and with_gradients
+        walked = walker.walk(Batch(samples, cosines, margin, moving.t if head.curricular else None), with_gradients, observing)
+        if observing:
+            head.observation.note_classes(choice.targets, len(head.shard) if choice.rows is None else len(choice.rows))
+            head.observation.hardest_negative = walked.hardest_negatives.double().mean()
         if with_gradients:
+            mine = slice(head._ranks.rank * len(unit), (head._ranks.rank + 1) * len(unit))
+            head.observation.note_cosines(own.cosine[mine], own.held[mine])
             head._pending.moving = moving
             scattering = head._ranks.scatter_sum(walked.grad_samples)
             if walked.grad_centers is None:

@@ -23,6 +23,7 @@ class Expectation:
         self.seen = torch.zeros(num_rows, dtype=torch.bool, device=device)  # [c]
         # [2] float64: sum of 1 - cos(old, new) over the classes that the last update moved, and their number; new ones do not count
         self.drift = torch.zeros(2, dtype=torch.float64, device=device)
+        self.updates = torch.zeros((), dtype=torch.int64, device=device)  # classes that updates gave a new value, since the start
 
     @torch.no_grad()
     def update(self, targets: Tensor, embeddings: Tensor) -> None:
@@ -42,6 +43,7 @@ class Expectation:
         self.rows[row] = new  # one row a sample: samples of one class write the same
         self.seen[row] |= mean.any(1)  # samples that are zero, or cancel out, have no direction
         moved = first & seen
+        self.updates += first.sum()
         self.drift[0] = ((1.0 - (old.double() * new.double()).sum(1)) * moved).sum()
         self.drift[1] = moved.sum()
 

@@ -107,6 +107,7 @@ class Walked:
     grad_centers: Tensor | None  # [S, D] float32 with respect to the unit rows of the scored class centers; None as well if w has none
     grad_norms: Tensor | None  # [B] float64 with respect to the samples' norms, equal on every rank; None where no margin depends on them
     grad_bias: Tensor | None  # scalar float64, equal on every rank; None where the loss has no bias
+    hardest_negatives: Tensor | None  # [n] float32 of the first chunk, see ShardedSoftmax.walk; None where they were not asked for
 
 
 @dataclass(frozen=True)
@@ -159,11 +160,14 @@ class ShardedSoftmax:
         over_ranks = self._ranks.sum(own)()
         return {name: TargetCosines(cosine, held > 0) for name, (cosine, held) in zip(self._anchors, over_ranks, strict=True)}
 
-    def walk(self, batch: Batch, gradients: bool) -> Walked:
+    def walk(self, batch: Batch, gradients: bool, hardest: bool = False) -> Walked:
         """Loss and gradients, chunk by chunk; without ``gradients`` only the logits are multiplied out.
 
+        Args:
+            hardest: find the highest cosine to another class, for the samples of the first chunk; NaN where the loss does not show it.
+
         Collectives: per chunk one all-reduce of [anchors, sums_per_anchor, rows] float32, while the next product runs; where logits must be
-            shifted one more of [rows] float32 per anchor.
+            shifted one more of [rows] float32 per anchor; with ``hardest`` one of [rows] float32.
         """
         samples, targets = batch.samples, self._targets(batch)
         learned = self._anchors["learned"] if "learned" in self._negatives else None
@@ -172,6 +176,7 @@ class ShardedSoftmax:
         grad_centers = samples.new_zeros(learned.num_rows, samples.shape[1]) if gradients and learned else None
         grad_m2 = torch.zeros(len(samples), dtype=torch.float64, device=samples.device)
         loss, grad_bias = samples.new_zeros((), dtype=torch.float64), None
+        found = None
         for rows in self._chunks(samples):
             x = samples[rows]
             sums = x.new_empty(len(self._negatives), self.sums_per_anchor, len(x))
@@ -183,6 +188,8 @@ class ShardedSoftmax:
                 sums[k], shifts[k] = self._score(name, rows, batch, exps)
                 if k == len(self._negatives) - 1:
                     summing = self._ranks.sum(sums)  # the next product does not need them
+                    if hardest and found is None:
+                        found = self._hardest(exps, shifts[k], batch)
                 if gradients:
                     pulls.append(anchor.products.mm(exps, anchor.operand))
             chunk = targets.of(rows)
@@ -200,17 +207,19 @@ class ShardedSoftmax:
             if grad_centers is not None:  # the class centers came last: exps are theirs
                 own_grad = sum(grad for term, grad in zip(self._objective.terms, own_grads, strict=True) if term.target == "learned")
                 self._add_grad_centers(grad_centers, learned, rows, x, exps, combined.factors[-1], own_grad)
-        return self._walked(batch.margin, loss, grad_samples, grad_centers, grad_m2, grad_bias)
+        return self._walked(batch.margin, loss, grad_samples, grad_centers, grad_m2, grad_bias, found)
 
     @staticmethod
-    def _walked(margin: SampleMargin, loss: Tensor, grad_samples: Tensor | None, grad_centers, grad_m2: Tensor, grad_bias) -> Walked:
+    def _walked(
+        margin: SampleMargin, loss: Tensor, grad_samples: Tensor | None, grad_centers, grad_m2: Tensor, grad_bias, hardest: Tensor | None
+    ) -> Walked:
         """Add what the norms have to do with it."""
         loss, grad_norms = loss / len(grad_m2), None
         if margin.penalty is not None:
             loss = loss + margin.penalty.mean()
         if margin.m2_slope is not None and grad_samples is not None:
             grad_norms = grad_m2 * margin.m2_slope + margin.penalty_slope / len(grad_m2)
-        return Walked(loss.float(), grad_samples, grad_centers, grad_norms, grad_bias)
+        return Walked(loss.float(), grad_samples, grad_centers, grad_norms, grad_bias, hardest)
 
     @staticmethod
     def _add_grad_centers(
@@ -283,6 +292,15 @@ class ShardedSoftmax:
         """[n] the highest of each row over all ranks, finite where there is none. Collectives: one all-reduce of [n]."""
         highest = logits.amax(1) if logits.shape[1] else logits.new_full((len(logits),), -math.inf)
         return self._ranks.maximum(highest)().clamp_(min=torch.finfo(highest.dtype).min)
+
+    def _hardest(self, exps: Tensor, shift: Tensor, batch: Batch) -> Tensor:
+        """[n] the highest cosine to a negative over all ranks, from what :meth:`_score` left; NaN under CurricularFace, which changed it.
+
+        -inf where there is no negative. Collectives: one all-reduce of [n].
+        """
+        highest = exps.amax(1).float() if exps.shape[1] else shift.new_zeros(len(exps))
+        cosine = self._ranks.maximum((highest.log() + shift) / self._objective.scale)()
+        return torch.full_like(cosine, math.nan) if batch.t is not None else cosine
 
     def _combine(self, sums: Tensor, shifts: Tensor, targets: Targets, B: int) -> Combined:
         """From what all ranks know of the n samples of a chunk to the loss and its slopes.

@@ -71,6 +71,10 @@ class ShardedThreshold(ShardedSoftmax):
         self._round(anchor, exps)
         return sums, x.new_zeros(len(x))
 
+    def _hardest(self, exps: Tensor, shift: Tensor, batch: Batch) -> Tensor:
+        """NaN: a sigmoid near 1 does not tell its argument."""
+        return torch.full_like(shift, math.nan)
+
     def _combine(self, sums: Tensor, shifts: Tensor, targets: Targets, B: int) -> Combined:
         losses_of_negatives, slopes_of_negatives = sums[0]
         (held,) = targets.held

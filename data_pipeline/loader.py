@@ -71,7 +71,8 @@ class FaceLoader:
             "table" rank, world_size and batch_size may be others: the epoch goes on without an image lost or repeated.
 
     Attributes: ``num_classes`` (C, after that numbering), ``num_images``, ``batch_size``, ``global_batch_size``, ``batches_per_epoch``
-        (batches), ``fingerprint``, ``bad_records`` (record number -> what is wrong with it, of those this rank met).
+        (batches), ``fingerprint``, ``bad_records`` (record number -> what is wrong with it, of those this rank met), ``bytes_read`` (of
+        records, by this loader; 0 under "reader", where DALI reads), ``batches_ahead`` (that are being read or decoded already).
     Raises DataError: no such set; not as many images or classes as expected; fewer images than one batch per rank; a ``state`` of
     something else; while reading: too many damaged records (table), or any (reader).
     """
@@ -144,6 +145,14 @@ class FaceLoader:
             )
         else:
             self._backend = ReaderBackend(faces, excluded, *common, step=self.step, checkpoint=state and state["dali"])
+
+    @property
+    def bytes_read(self) -> int:
+        return self._backend.bytes_read
+
+    @property
+    def batches_ahead(self) -> int:
+        return self._backend.batches_ahead
 
     def __iter__(self) -> "FaceLoader":
         return self

@@ -23,6 +23,9 @@ SHUFFLE_BUFFER = 4096  # records that each rank shuffles among; packed sets are 
 class ReaderBackend:
     """The batches of one rank from the one after ``step`` batches on."""
 
+    bytes_read = 0  # that we know of
+    batches_ahead = PREFETCH
+
     def __init__(
         self,
         faces: ShardSet,

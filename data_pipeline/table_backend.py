@@ -58,6 +58,7 @@ class TableBackend:
         self._faces, self._kept, self._share, self._augment, self._device = faces, kept, share, augment, device
         self._bad_records, self._max_bad_records, self._say = bad_records, max_bad_records, say
         self._fetcher = RecordFetcher(faces)
+        self.bytes_read = 0
         options = {"batch_size": share.batch_size, "num_threads": num_threads, "device_id": device.index, "prefetch_queue_depth": PREFETCH}
         self._build = partial(_table_pipeline, augment, decode, **options)
         self._failure: DataError | None = None  # raised by every call from then on
@@ -74,6 +75,10 @@ class TableBackend:
         self._pipeline.build()
         for _ in range(PREFETCH):
             self._feed()
+
+    @property
+    def batches_ahead(self) -> int:
+        return len(self._queue) + len(self._ahead)
 
     def next(self) -> tuple[torch.Tensor, torch.Tensor, Callable[[], list[str]]]:
         """Images [b, 3, 112, 112] float32 on the device, the set's labels [b] int64 on the CPU, and a function that names the records."""
@@ -110,6 +115,7 @@ class TableBackend:
             self._plan()
         epoch, positions, numbers = self._ahead.popleft()
         images = self._fetcher.fetch(numbers)
+        self.bytes_read += sum(map(len, (image for image in images if not isinstance(image, DataError))))
         for i, image in enumerate(images):
             number = int(numbers[i])
             if number not in self._bad_records and isinstance(image, DataError):

@@ -27,7 +27,7 @@ def backbone_flops(preset: VitPreset, *, mask_ratio: float = 0.0, embedding_size
     return (1 + _BACKWARD) * backbone_forward_flops(preset, mask_ratio=mask_ratio, embedding_size=embedding_size) - patches
 
 
-def head_flops(images: int, classes: int, embedding_size: int, *, terms: int = 1, trained_terms: int = 1) -> int:
+def head_flops(images: int, classes: float, embedding_size: int, *, terms: int = 1, trained_terms: int = 1) -> float:
     """Of a global micro-batch of ``images`` against ``classes`` scored ones, whoever owns them, gradients included.
 
     Args:

@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 COSINE_EDGES = tuple(round(-0.2 + 0.1 * i, 1) for i in range(13))  # upper edges of the histogram's buckets; one more lies above them
-
-
-@dataclass(frozen=True)
-class CosineHistogram:
-    """Of this rank's samples in the micro-batches since the last log line: their cosine to the own class."""
-
-    counts: list[int]  # samples by bucket, see COSINE_EDGES
-    total: float  # sum of the cosines
 
 
 class Observation:
@@ -25,7 +16,6 @@ class Observation:
     def __init__(self, device: torch.device) -> None:
         self._edges = torch.tensor(COSINE_EDGES, dtype=torch.float64, device=device)
         self._counts = torch.zeros(len(COSINE_EDGES) + 1, dtype=torch.int64, device=device)
-        self._total = torch.zeros((), dtype=torch.float64, device=device)
         # Of the last micro-batch that was observed: the mean over its first chunk of samples of the highest cosine to another class.
         self.hardest_negative = torch.full((), math.nan, dtype=torch.float64, device=device)
         self.positive = torch.zeros((), dtype=torch.int64, device=device)  # of this rank's classes, those with a sample in it
@@ -34,7 +24,6 @@ class Observation:
     def note_cosines(self, cosine: Tensor, held: Tensor) -> None:
         """``cosine`` [b] float64 of this rank's samples to their own class, where ``held`` [b] bool."""
         self._counts.index_add_(0, torch.bucketize(cosine, self._edges), held.long())
-        self._total += (cosine * held).sum()
 
     def note_classes(self, targets: Tensor, sampled: int) -> None:
         """``targets`` [B] int64: local row of every sample's class, -1 where another rank owns it; ``sampled``: rows that are scored."""
@@ -43,9 +32,8 @@ class Observation:
         first[1:] = ordered[1:] != ordered[:-1]
         self.positive, self.sampled = (first & (ordered >= 0)).sum(), sampled
 
-    def take_cosines(self) -> CosineHistogram:
-        """What was noted since the last call; the host waits for the device."""
-        histogram = CosineHistogram(self._counts.tolist(), float(self._total))
+    def take_cosines(self) -> list[int]:
+        """Samples by bucket (COSINE_EDGES, and above) since the last call; the host waits for the device."""
+        counts = self._counts.tolist()
         self._counts.zero_()
-        self._total.zero_()
-        return histogram
+        return counts

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from model.anchor import Anchor, AnchorName, InjectedAnchor, LearnedAnchor, normalize, normalize_backward_
 from model.class_shard import ClassShard, initial_centers, sample_centers, true_rows
 from model.collectives import Collectives
+from model.flops import head_flops
 from model.kernels.products import Products
 from model.margin import MARGIN_GRADIENTS, MarginGradient, check_margin, curricular_t
 from model.micro_batch import Choice, Moving, Pending, Prepared, Union, no_gradient
@@ -338,6 +339,12 @@ class PartialFC:
         every = self._ranks.gather(mine.unsqueeze(0).to(torch.uint8))().bool().cpu()
         blamed = every[:, 0] if every[:, 0].any() else every.any(1)
         return blamed.nonzero().flatten().tolist()
+
+    def flops(self, images: int) -> float:
+        """Floating-point operations of this rank for a global micro-batch of ``images``, see :mod:`model.flops`; mean over samplings."""
+        negatives = {term.negatives for term in _TERMS[self.centers]}
+        scored = self.sample_rate * len(self.shard)
+        return head_flops(images, scored, self.weight.shape[1], terms=len(negatives), trained_terms=int(_W in negatives))
 
     def gradient_norm(self) -> Tensor:
         """L2 norm of the pending gradient over all ranks, scalar float64. Collectives: one all-reduce of a float64."""

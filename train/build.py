@@ -22,16 +22,18 @@ from train.dist import RankError, Ranks
 from train.ds_config import DeepSpeedSummary
 from train.ema import BackboneEma
 from train.engine import build_engine, build_optimizer, require_compiler
-from train.evaluation import pair_accuracy
+from train.evaluation import PairVerification
 from train.guard import Guard
 from train.lock import OutputLock
-from train.metrics import BuildInfo, Metrics, PhaseTimer
+from train.metrics import BuildInfo, Metrics
 from train.random_state import seed_rank
 from train.report import announce
 from train.run import Run, head_margin
 from train.stages import StageManager, plan_stages
 from train.stop import Flags, StopRequests
+from train.timing import PartTimer, RunTime, time_collectives
 from train.watchdog import Watchdog
+from train.window import live_values, peak_flops
 
 # Sections of DeepSpeed's JSON that change numbers, beyond ZeRO stage and precision.
 _NUMERIC_SECTIONS = ("communication_data_type", "data_types", "torch_autocast", "bf16", "fp16")
@@ -48,7 +50,8 @@ def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks:
         ranks.together(lambda: find_pairs(cfg.eval.images, cfg.eval.pairs) if ranks.is_first else None)
     if cfg.model.compile:
         ranks.together(lambda: require_compiler(ranks.device))
-    checkpoints = _open_checkpoints(cfg, ds_config, summary, ranks)
+    verification = PairVerification(cfg.eval) if cfg.eval else None
+    checkpoints = _open_checkpoints(cfg, ds_config, summary, ranks, verification)
     newest = checkpoints.newest()
     saved = ranks.together(lambda: _read_checkpoint(cfg, checkpoints, newest))
     if saved:
@@ -58,10 +61,10 @@ def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks:
     batches = ranks.together(lambda: _open_data_at(cfg, ranks, saved) if saved else _open_data(cfg, ranks, 0))
     _check_agreement(ranks, cfg, ds_config, batches)
     stages = ranks.together(lambda: _plan_stages(cfg, batches, ranks, saved))
-    build = BuildInfo(ranks.world_size, summary.zero_stage, summary.precision)
-    metrics = ranks.together(
-        lambda: Metrics(cfg.output / "metrics.jsonl", cfg.metrics.host, cfg.metrics.port, ranks.rank, ranks.local_rank, build)
-    )
+    build, timer, run_time = BuildInfo(ranks.world_size, summary.zero_stage, summary.precision), PartTimer(ranks.device.type), RunTime()
+    live = partial(live_values, watchdog, run_time, verification)
+    metrics = ranks.together(lambda: Metrics(cfg.output / "metrics.jsonl", cfg.metrics, ranks.rank, ranks.local_rank, build, live))
+    logged = ranks.broadcast(metrics.last) or {}
 
     torch.manual_seed(cfg.seed)  # the same weights on every rank
     backbone = build_vit(
@@ -73,6 +76,7 @@ def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks:
     )
     optimizer = ranks.together(lambda: build_optimizer(backbone, cfg.optimizer))
     engine = build_engine(backbone, optimizer, ds_config, compiled=cfg.model.compile)
+    time_collectives(timer)
     decay = cfg.model.ema_decay
     ema = ranks.together(lambda: BackboneEma(engine, decay) if decay is not None else None)
     margin, curricular = head_margin(cfg.stage_margin(0))
@@ -94,22 +98,27 @@ def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks:
         betas=cfg.optimizer.betas,
         eps=cfg.optimizer.eps,
         device=ranks.device,
+        waiting=partial(timer.part, "comm"),
     )
     # From here on every rank draws its own dropped patches and paths.
     seed_rank(cfg.seed, ranks.rank)
     guard = Guard(cfg.guard, ranks, cfg.output, summary.precision)
-    timer = PhaseTimer(ranks.device.type)
     opening = partial(_open_data, cfg, ranks)
     flags = Flags(ranks)
-    run = Run(cfg, ranks, batches, opening, engine, ema, head, guard, stages, checkpoints, metrics, timer, watchdog, lock, stop, flags)
+    parts = (guard, stages, checkpoints, metrics, timer, run_time, watchdog, verification, lock, stop, flags)
+    run = Run(cfg, ranks, batches, opening, engine, ema, head, *parts)
+    run.peak_flops = peak_flops(cfg, summary.precision, ranks.device)
     if saved:
         run.resume(saved)
+        run.restarts, run.furthest = logged.get("restarts", 0) + 1, logged.get("furthest_step", saved.step)
     run.require_space()
     announce(run, ds_config, summary)
     return run
 
 
-def _open_checkpoints(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks: Ranks) -> Checkpoints:
+def _open_checkpoints(
+    cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks: Ranks, verification: PairVerification | None
+) -> Checkpoints:
     """Collectives: those of Checkpoints."""
     batches = [cfg.stage_batch(index) for index in range(len(cfg.stages))]
     recipe = cfg.mathematics()
@@ -121,7 +130,7 @@ def _open_checkpoints(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary
     layout = Layout(ranks.world_size, summary.zero_stage, [batch.micro_batch_size for batch in batches])
     keep = cfg.checkpoint
     retention = Retention(keep.keep_last, keep.keep_every_steps, keep.keep_best)
-    score = partial(pair_accuracy, cfg) if cfg.eval and cfg.eval.every_checkpoint else None
+    score = verification.accuracy if verification and cfg.eval.every_checkpoint else None
     return Checkpoints(cfg.output / "checkpoints", ranks, identity, layout, retention, cfg.model.name, score)
 
 

@@ -83,6 +83,8 @@ class SaveReport:
     blocked_seconds: float = math.nan  # in which training stood still
     write_seconds: float = math.nan  # from its begin until this rank's file, on rank 0 the whole checkpoint, was on the disk
     step: float = math.nan  # of the newest committed checkpoint; rank 0
+    timestamp_seconds: float = math.nan  # when it was committed, since 1970; rank 0
+    size_bytes: float = math.nan  # of its files; rank 0
     score: float = math.nan  # its; rank 0
     free_bytes: float = math.nan  # on its file system afterwards; rank 0
 
@@ -223,6 +225,7 @@ class Checkpoints:
             raise CheckpointError(_not_written(partial, error)) from error
         free, report = free_bytes(self.last), self.report
         report.write_seconds, report.step, report.free_bytes = time.monotonic() - begin, manifest["step"], free
+        report.timestamp_seconds, report.size_bytes = time.time(), sum(entry["bytes"] for entry in files.values())
         report.score = math.nan if score is None else score
         scored = "" if score is None else f", score {score:.4f}"
         self._ranks.say(f"checkpoint {self.last} ({report.write_seconds:.1f} s, training waited {report.blocked_seconds:.2f} s{scored})")

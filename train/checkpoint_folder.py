@@ -31,7 +31,7 @@ from data_pipeline.output import replace_file, sync_folder
 
 BACKBONE, BACKBONE_EMA = "backbone.safetensors", "backbone_ema.safetensors"
 MANIFEST, POINTER = "manifest.json", "latest"
-FORMAT = 3
+FORMAT = 4
 Manifest = dict[str, Any]
 _NAME = re.compile(r"step_\d{8}")
 _HASHING_THREADS = 8

@@ -267,12 +267,23 @@ class CheckpointConfig(Section):
     grace_s: PositiveFloat = 25.0  # seconds from a signal to stop until the process ends, whatever it does then; launchers kill after 30
 
 
+class TlsConfig(Section):
+    """PEM files with which the exporter speaks TLS."""
+
+    certificate: Path
+    key: Path
+    client_ca: Path | None = None  # only clients with a certificate that it signed are answered; null: all are
+
+
 class MetricsConfig(Section):
     """The Prometheus exporter and the log."""
 
     host: str = "127.0.0.1"  # address to listen on
     port: Annotated[int, Field(ge=0, le=65535)] = 9400  # the exporter of local_rank r listens on port + r; 0: no exporter
+    tls: TlsConfig | None = None  # null: plain HTTP
     log_every: PositiveInt = 10  # optimizer steps per log line
+    # 1e12 operations/s of the GPU in the run's precision, for the model utilization; null: its data sheet's, if it is known here.
+    peak_tflops: PositiveFloat | None = None
 
 
 class WatchdogConfig(Section):
@@ -363,7 +374,7 @@ class RunConfig(Section):
 
     def shared_values(self) -> dict[str, Any]:
         """The fields that must be equal on all ranks, as JSON values: all but where things lie on a node."""
-        local = {"output": True, "data": {"path", "num_threads"}, "metrics": {"host", "port"}, "eval": {"images", "pairs"}}
+        local = {"output": True, "data": {"path", "num_threads"}, "metrics": {"host", "port", "tls"}, "eval": {"images", "pairs"}}
         return self.model_dump(mode="json", exclude=local)
 
     @model_validator(mode="after")

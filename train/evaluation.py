@@ -6,25 +6,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.checkpoint_folder import BACKBONE, BACKBONE_EMA
-from train.config import RunConfig
+from train.config import EvalConfig
 
 if TYPE_CHECKING:
     from eval.pairs import PairReport
     from train.run import Run
 
 
-def verify_pairs(cfg: RunConfig, weights: Path) -> PairReport:
-    """On the pairs of the recipe's ``eval`` section. Raises EvalError."""
-    from eval.embedder import load_embedder  # here, because onnxruntime takes a second to import
-    from eval.pairs import evaluate_pairs
-    from eval.pairs_file import find_pairs
+class PairVerification:
+    """On the pairs of the recipe's ``eval`` section. ``newest``: the last report, or None."""
 
-    return evaluate_pairs(load_embedder(weights), find_pairs(cfg.eval.images, cfg.eval.pairs))
+    def __init__(self, config: EvalConfig) -> None:
+        self._config = config
+        self.newest: PairReport | None = None
 
+    def verify(self, weights: Path) -> PairReport:
+        """Of a backbone's weights file. Raises EvalError."""
+        from eval.embedder import load_embedder  # here, because onnxruntime takes a second to import
+        from eval.pairs import evaluate_pairs
+        from eval.pairs_file import find_pairs
 
-def pair_accuracy(cfg: RunConfig, weights: Path) -> float:
-    """The mean over folds, by which checkpoints are compared."""
-    return verify_pairs(cfg, weights).accuracy.mean
+        self.newest = evaluate_pairs(load_embedder(weights), find_pairs(self._config.images, self._config.pairs))
+        return self.newest
+
+    def accuracy(self, weights: Path) -> float:
+        """The mean over folds, by which checkpoints are compared."""
+        return self.verify(weights).accuracy.mean
 
 
 def evaluate(run: Run) -> tuple[PairReport | None, PairReport | None]:
@@ -33,7 +40,7 @@ def evaluate(run: Run) -> tuple[PairReport | None, PairReport | None]:
 
     def report(name: str) -> PairReport:
         run.ranks.say(f"verifying the pairs of {cfg.eval.pairs} with {name}")
-        return verify_pairs(cfg, run.checkpoints.last / name)
+        return run.verification.verify(run.checkpoints.last / name)
 
     pairs = report(BACKBONE) if cfg.eval else None
     pairs_ema = report(BACKBONE_EMA) if cfg.eval and cfg.model.ema_decay is not None else None

@@ -23,7 +23,8 @@ from train.dist import RankError, Ranks
 from train.metrics import finite_or_null
 
 FILE_NAME = "skipped_steps.jsonl"
-SPIKE, LOSS, GRADIENT, OVERFLOW = "spike", "loss not finite", "gradient not finite", "fp16 overflow"
+APPLIED, SPIKE, LOSS, GRADIENT, OVERFLOW = "applied", "spike", "loss not finite", "gradient not finite", "fp16 overflow"
+OUTCOMES = (APPLIED, SPIKE, LOSS, GRADIENT, OVERFLOW)  # of a step
 DIVERGENCE = (
     "An ArcFace margin (m2) from the first step on is known to stall the training of a ViT, or to break it. The usual cures: begin with a "
     "stage of CosFace (margin: {m3: 0.2} to {m3: 0.4}) or of a smaller margin, and raise it in the next stage; a lower optimizer.lr; a "
@@ -105,8 +106,8 @@ class Guard:
         self._micro_batches.append(_MicroBatch(loss.detach(), spiked, records))
         return loss * torch.where(spiked, math.nan, 1.0)
 
-    def after_step(self, step: int, loss: Tensor, applied: bool, not_finite_ranks: Callable[[], list[int]]) -> None:
-        """Take note of an optimizer step; afterwards :attr:`rollback_before` says whether to go back.
+    def after_step(self, step: int, loss: Tensor, applied: bool, not_finite_ranks: Callable[[], list[int]]) -> str:
+        """Take note of an optimizer step; afterwards :attr:`rollback_before` says whether to go back. Returns its outcome (OUTCOMES).
 
         Args:
             step: steps taken so far, this one included.
@@ -126,7 +127,7 @@ class Guard:
             self._mean = loss if self._mean is None else torch.lerp(self._mean, loss, 1 - _PAST)
             self._applied += 1
             self._skips = []
-            return
+            return APPLIED
         losses = torch.stack([micro.loss for micro in micro_batches]).tolist()
         spiked = torch.stack([micro.spiked for micro in micro_batches]).tolist()
         ranks = not_finite_ranks()
@@ -139,6 +140,7 @@ class Guard:
         if len(self._skips) >= self._config.max_skipped and not self.rollback_before:
             used_up = f"{self._rollbacks} rollbacks have not helped. " if self._rollbacks else ""
             raise RankError(used_up + stop_text(self._skips, self._file))
+        return skip.reason
 
     @property
     def rollback_before(self) -> int | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from train.engine import set_learning_rate
 from train.run import Run
 
 
@@ -15,11 +14,9 @@ def train(run: Run) -> None:
     moves either.
     """
     phase = run.phase
-    run.enter_stage()
-    run.timer.restart()
+    run.begin()
     while run.step < run.stages.total_steps:
-        lr = run.stages.learning_rate(run.step)
-        set_learning_rate(run.engine, lr)
+        lr = run.begin_step()
         measured = []  # of each micro-batch, on the device
         for _ in range(run.stages.stage.grad_accum_steps):
             with phase("data"):
@@ -38,7 +35,7 @@ def train(run: Run) -> None:
             measured.append(torch.stack([loss.detach(), run.head.target_cosine, run.head.target_cosine_square]))
         applied, measured = run.engine.was_step_applied(), torch.stack(measured).mean(0)
         run.measure_head_gradient()
-        run.guard.after_step(run.step + 1, measured[0], applied, run.head.not_finite_ranks)
+        outcome = run.guard.after_step(run.step + 1, measured[0], applied, run.head.not_finite_ranks)
         with phase("optimizer"):
             if applied:
                 run.head.step(lr, run.cfg.optimizer.weight_decay)
@@ -47,7 +44,7 @@ def train(run: Run) -> None:
             else:
                 run.head.discard()
         run.step += 1
-        run.record(measured, lr, applied)
+        run.record(measured, lr, outcome)
         over = run.stage_is_over()
         if run.checkpoint_due():
             with phase("checkpoint"):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import socket
 from typing import TYPE_CHECKING
 
 from data_pipeline.output import replace_file
 from train.ds_config import DeepSpeedSummary
-from train.metrics import StepRecord
+from train.metric_table import StepRecord
+from train.metrics import TARGETS, targets, url
 from train.redact import redact
 from train.stages import Stage
 
@@ -21,7 +23,7 @@ SUMMARY = "summary.json"  # in the output of a run that is complete, and of no o
 def announce(run: Run, ds_config: dict, summary: DeepSpeedSummary) -> None:
     """Write both resolved configs, without secrets, beside the checkpoints, and print what is about to run.
 
-    Collectives: a gather of the metrics ports.
+    Collectives: two gathers.
     """
     cfg, ranks, batches = run.cfg, run.ranks, run.batches
     if ranks.is_first:
@@ -30,6 +32,7 @@ def announce(run: Run, ds_config: dict, summary: DeepSpeedSummary) -> None:
         (cfg.output / "ds_config.json").write_text(json.dumps(redact(ds_config), indent=1) + "\n")
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in run.engine.module.parameters())
     ports = ranks.gather(run.metrics.port)
+    nodes = ranks.gather(socket.gethostname())
     ranks.say(
         f"{cfg.model.name} ({parameters / 1e6:.2f} M parameters), ZeRO {summary.zero_stage}, {summary.precision}, "
         f"{ranks.world_size} ranks on {ranks.device.type}"
@@ -39,7 +42,9 @@ def announce(run: Run, ds_config: dict, summary: DeepSpeedSummary) -> None:
         f"{run.stages.stage.images_per_step:,}; {run.stages.total_steps:,} steps, {run.stages.stage.steps_per_epoch:,} an epoch"
     )
     if run.metrics.port:
-        ranks.say("metrics at " + ", ".join(f"http://{cfg.metrics.host}:{port}/metrics" for port in ports))
+        ranks.say("metrics at " + ", ".join(url(cfg.metrics, port) for port in ports))
+    if run.metrics.port and ranks.is_first:
+        replace_file(cfg.output / TARGETS, json.dumps(targets(cfg.metrics, cfg.output.name, nodes, ports), indent=1) + "\n")
 
 
 def stage_line(stage: Stage, start: int, stop: int) -> str:
@@ -54,7 +59,7 @@ def stage_line(stage: Stage, start: int, stop: int) -> str:
 
 
 def progress_line(record: StepRecord, total_steps: int) -> str:
-    total = record.step_seconds.get("total", 0.0)
+    total, skipped = record.step_seconds.get("total", 0.0), record.steps - record.outcomes["applied"]
     parts = [
         f"step {record.step:>{len(str(total_steps))}}/{total_steps}",
         record.stage_name,
@@ -63,10 +68,10 @@ def progress_line(record: StepRecord, total_steps: int) -> str:
         f"cos {record.target_cosine:.3f}",
         f"lr {record.learning_rate:.2e}",
         f"|g| {record.gradient_norm:.3g}",
-        f"skipped {record.skipped_steps}" if record.skipped_steps else "",
+        f"skipped {skipped}" if skipped else "",
         f"{record.images_per_second:,.0f} images/s",
-        f"data {record.step_seconds.get('data', 0.0) / total:.0%}" if total else "",
-        f"ETA {format_seconds(record.eta_seconds)}",
+        f"data {record.step_seconds['data_wait'] / total:.0%}" if total else "",
+        f"ETA {format_seconds(record.remaining_seconds)}",
     ]
     return "  ".join(part for part in parts if part)
 
@@ -95,7 +100,7 @@ def write_summary(run: Run, pairs: PairReport | None, pairs_ema: PairReport | No
             text = f"{100 * accuracy.mean:.2f} % (std {100 * accuracy.std:.2f}) on the {report.num_pairs:,} pairs of {cfg.eval.pairs}"
             rows.append((name, text))
     if run.metrics.port:
-        rows.append(("metrics", f"were served at http://{cfg.metrics.host}:{run.metrics.port}/metrics"))
+        rows.append(("metrics", f"were served at {url(cfg.metrics, run.metrics.port)}"))
     rows += [("log", str(cfg.output / "metrics.jsonl")), ("checkpoint", str(run.checkpoints.last))]
     width = max(len(name) for name, _ in rows)
     run.ranks.say("\n".join(["\ndone", *(f"  {name:<{width}}  {text}" for name, text in rows)]))

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from data_pipeline.loader import FaceLoader
@@ -19,57 +18,18 @@ from train.checkpoint import Checkpoints, Saved
 from train.config import AdaFaceMargin, MagFaceMargin, MarginSection, RunConfig
 from train.dist import RankError, Ranks
 from train.ema import BackboneEma
-from train.engine import loss_scale, set_batch
-from train.guard import Guard
+from train.engine import set_batch, set_learning_rate
+from train.evaluation import PairVerification
+from train.guard import APPLIED, Guard
 from train.lock import OutputLock
-from train.metrics import Metrics, PhaseTimer, StepRecord
+from train.metrics import TARGETS, Metrics
 from train.replicas import replicas, require_equal
 from train.report import progress_line, stage_line
 from train.stages import Stage, StageLosses, StageManager
 from train.stop import Flags, Stopped, StopRequests
+from train.timing import PartTimer, RunTime
 from train.watchdog import Watchdog
-
-
-@dataclass
-class _Window:
-    """What happened since the last log line."""
-
-    start: float = field(default_factory=time.monotonic)
-    steps: int = 0
-    timed_steps: int = 0  # those that this process took
-    skipped: int = 0
-    images: int = 0
-    measured: list[Tensor] = field(default_factory=list)  # of each applied step [3]: loss, target cosine, its square
-    head_gradient_norm: Tensor | float = math.nan
-
-    def add(self, measured: Tensor | None, images: int) -> None:
-        """``measured``: None of a step that was skipped."""
-        self.steps += 1
-        self.timed_steps += 1
-        self.images += images
-        if measured is None:
-            self.skipped += 1
-        else:
-            self.measured.append(measured)
-
-    def means(self) -> list[float]:
-        """Over the applied steps; NaN without any."""
-        return torch.stack(self.measured).mean(0).tolist() if self.measured else [math.nan] * 3
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "steps": self.steps,
-            "skipped": self.skipped,
-            "images": self.images,
-            "measured": [measured.tolist() for measured in self.measured],
-            "seconds": time.monotonic() - self.start,
-        }
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any], device: torch.device) -> _Window:
-        measured = [torch.tensor(values, device=device) for values in state["measured"]]
-        start = time.monotonic() - state["seconds"]
-        return cls(start, state["steps"], skipped=state["skipped"], images=state["images"], measured=measured)
+from train.window import Published, Window, step_record
 
 
 @dataclass
@@ -87,23 +47,30 @@ class Run:
     stages: StageManager
     checkpoints: Checkpoints
     metrics: Metrics
-    timer: PhaseTimer
+    timer: PartTimer
+    run_time: RunTime
     watchdog: Watchdog
+    verification: PairVerification | None  # of checkpoints, where the recipe has pairs
     lock: OutputLock | None  # of the output, on rank 0
     stop: StopRequests
     flags: Flags
     losses: StageLosses = field(default_factory=StageLosses)
     step: int = 0  # completed optimizer steps
-    window: _Window = field(default_factory=_Window)
+    window: Window = field(default_factory=Window)
+    published: Published = field(default_factory=Published)
+    restarts: int = 0  # from checkpoints, of processes that logged a step
+    furthest: int = 0  # step that any process of the run has reached, as far as it was logged
+    peak_flops: float = math.nan  # of this rank's device
     saved_step: int | None = None  # of the newest checkpoint that this process began, or went on from
+    bytes_of_stages: int = 0  # read by the loaders of stages that are over
     images_trained: int = 0  # over all ranks, without the current window
     seconds_trained: float = 0.0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """A part of the step, one of train.metrics.PHASES: timed, and under its deadline."""
+        """A phase of the loop, one of train.watchdog.PHASES: timed, and under its deadline."""
         self.watchdog.enter(name, self.step)
-        with self.timer.phase(name):
+        with self.timer.part("data_wait" if name == "data" else name):
             yield
         self.watchdog.enter("loop", self.step)  # not after an exception: what is said of it names the phase
 
@@ -115,8 +82,27 @@ class Run:
         self.guard.enter_stage(stage.name)
         set_batch(self.engine, stage.micro_batch_size, stage.grad_accum_steps)
         if not self._reads_for(stage):
+            self.bytes_of_stages += self.batches.bytes_read
             self.batches = self.ranks.together(lambda: self.open_batches(stage.index, bad_records=self.batches.bad_records))
         self.ranks.say(stage_line(stage, self.stages.start, self.stages.stop))
+
+    def begin(self) -> None:
+        """What was done so far belongs to the start of the run, not to its first step."""
+        self.enter_stage()
+        self.run_time.lap("start")
+        self.timer.restart()
+
+    def begin_step(self) -> float:
+        """Set and return the learning rate of the coming step; let the head observe it, if it will be logged."""
+        lr = self.stages.learning_rate(self.step)
+        set_learning_rate(self.engine, lr)
+        self.head.observing = self._log_due(self.step + 1)
+        return lr
+
+    @property
+    def bytes_read(self) -> int:
+        """Of records by this rank."""
+        return self.bytes_of_stages + self.batches.bytes_read
 
     def _reads_for(self, stage: Stage) -> bool:
         """Whether the loader's batches are those of ``stage``."""
@@ -140,56 +126,34 @@ class Run:
         if self._log_due(self.step + 1):
             self.window.head_gradient_norm = self.head.gradient_norm()
 
-    def record(self, measured: Tensor, lr: float, applied: bool) -> None:
+    def record(self, measured: Tensor, lr: float, outcome: str) -> None:
         """Note the step just taken; on logging steps publish the window and print a line.
 
-        ``measured``: [3] loss, target cosine and its square, means over the step's micro-batches, on the device.
+        Args:
+            measured: [3] loss, target cosine and its square, means over the step's micro-batches, on the device.
+            outcome: one of train.guard.OUTCOMES.
         """
         stage, loss = self.stages.stage, measured[0]
-        self.window.add(measured if applied else None, stage.images_per_step)
-        if applied:
+        self.timer.end_step()
+        self.run_time.lap("skip" if outcome != APPLIED else "repeat" if self.step <= self.furthest else "train")
+        self.window.add(measured, stage.images_per_step, outcome)
+        if outcome == APPLIED:
             self.losses.record(stage.name, loss)
             self.stages.observe(measured[2])
         if self._log_due(self.step):
-            self._publish(stage, lr, float(self.engine.get_global_grad_norm()) if applied else math.nan)
+            self._publish(lr, float(self.engine.get_global_grad_norm()) if outcome == APPLIED else math.nan)
 
     def _log_due(self, step: int) -> bool:
         return step % self.cfg.metrics.log_every == 0 or step == self.stages.total_steps
 
-    def _publish(self, stage: Stage, lr: float, gradient_norm: float) -> None:
-        window, now = self.window, time.monotonic()
-        images, seconds = window.images, now - window.start
-        self.images_trained += images
-        self.seconds_trained += seconds
-        loss, target_cosine, target_cosine_square = window.means()
-        record = StepRecord(
-            step=self.step,
-            epoch=self.stages.epoch(self.step),
-            stage=stage.index,
-            stage_name=stage.name,
-            sample_rate=stage.config.sample_rate,
-            loss=loss,
-            target_cosine=target_cosine,
-            target_cosine_square=target_cosine_square,
-            target_cosine_smoothed=float(self.stages.measure.value()),
-            learning_rate=lr,
-            gradient_norm=gradient_norm,
-            head_gradient_norm=float(window.head_gradient_norm),
-            loss_scale=loss_scale(self.engine),
-            bad_records=len(self.batches.bad_records),
-            images=images,
-            steps=window.steps,
-            skipped_steps=window.skipped,
-            images_per_second=images / seconds,
-            step_seconds=self.timer.window(window.timed_steps),
-            **self.head.statistics(),
-            **{f"checkpoint_{name}": value for name, value in vars(self.checkpoints.report).items()},
-            eta_seconds=self.stages.images_left(self.step) * seconds / images,
-        )
+    def _publish(self, lr: float, gradient_norm: float) -> None:
+        record = step_record(self, lr, gradient_norm)
+        self.images_trained += record.images
+        self.seconds_trained += record.images / record.images_per_second
         self.metrics.record_step(record)
         self.ranks.say(progress_line(record, self.stages.total_steps))
-        self.window = _Window()
-        self.guard.after_window(loss, record.epoch - self.stages.warmup_epochs)
+        self.window = Window()
+        self.guard.after_window(record.loss, record.epoch - self.stages.warmup_epochs)
 
     def checkpoint_due(self) -> bool:
         every = self.cfg.checkpoint.every_steps
@@ -210,6 +174,7 @@ class Run:
         self.checkpoints.save(self.step, self.engine, self.ema, self._rank_state(), run_state)
         self.saved_step = self.step
         self.window.start += time.monotonic() - begin  # throughput is of training; what a save makes it wait is not counted
+        self.run_time.lap("checkpoint")
 
     def _rank_state(self) -> dict[str, Any]:
         return {"head": self.head.state(), "num_classes": self.head.num_classes, "loader": self.batches.state()}
@@ -228,13 +193,15 @@ class Run:
         if newest is None:
             raise RankError(f"no checkpoint from before step {before} to roll back to; set checkpoint.every_steps")
         saved = self.ranks.together(lambda: self.checkpoints.read(newest))
+        self.furthest = max(self.furthest, self.step)
         self.stages.load_state(saved.run_state["stages"], saved.step)
         if not self._reads_for(self.stages.stage):
             raise RankError(f"cannot roll back to {newest}: its stage had another batch, and its images begin anew; start again from it")
         self._restore(saved)
         self.ranks.say(f"{self.guard.rolled_back(saved.run_state['guard'])}, to {newest}; the next images follow")
-        self.window = _Window()
+        self.window = Window()
         self.enter_stage()
+        self.run_time.lap("repeat")
 
     def heed(self) -> None:
         """Between two steps: end the run, if any rank has been asked to stop or could not write what it should.
@@ -261,6 +228,7 @@ class Run:
         """
         self.checkpoints.finish()
         self.ranks.together(self.metrics.require_written)
+        self.run_time.lap("checkpoint")
 
     def resume(self, saved: Saved) -> None:
         """Go on from a checkpoint. The loader was opened at its cursor already. Collectives: a gather of the low-precision weights."""
@@ -272,7 +240,7 @@ class Run:
         saved.restore(self.engine, self.ema, self.cfg.seed, self.ranks.rank)
         self.head.load_state(saved.rank_state["head"])
         self.losses.load_state(saved.run_state["losses"])
-        self.window = _Window.from_state(saved.run_state["window"], self.ranks.device)
+        self.window = Window.from_state(saved.run_state["window"], self.ranks.device)
         trained = saved.run_state["trained"]
         self.step, self.images_trained, self.seconds_trained = saved.step, trained["images"], trained["seconds"]
         self.saved_step, self.checkpoints.last = saved.step, saved.folder
@@ -281,6 +249,8 @@ class Run:
         self.flags.close()
         self.checkpoints.close()
         self.metrics.close()
+        if self.ranks.is_first:  # an end in order: nobody shall be told that the ranks are down
+            (self.cfg.output / TARGETS).unlink(missing_ok=True)
         if self.lock:
             self.lock.close()
 

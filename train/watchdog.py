@@ -34,6 +34,9 @@ _COLLECTIVES = ("torch/distributed/distributed_c10d.py", "model/collectives.py")
 _STOPPED_S = 5.0  # between two looks: this process was stopped in between
 
 
+PHASES = ("start", "data", "head", "forward", "backward", "optimizer", "checkpoint", "loop", "end")
+
+
 class Position(NamedTuple):
     """Where the training thread is; written by it alone."""
 
@@ -41,13 +44,14 @@ class Position(NamedTuple):
     step: int
     entered: int  # see Pulse
     since: float  # on the watchdog's clock
+    at: float  # the same in seconds since 1970
 
 
 class Watchdog:
     """Watches the thread that makes it, from ``with watchdog:`` to the end of that block; before and outside it only notes phases.
 
-    Phases are those of the training loop (train.metrics.PHASES) and ``loop`` between them, ``start`` before and ``end`` after it. Time for
-    which this process was stopped as a whole does not count: a job that is suspended and resumed goes on.
+    Phases are PHASES: ``start`` before the training loop, ``end`` after it, ``loop`` between the others. Time for which this process was
+    stopped as a whole does not count: a job that is suspended and resumed goes on.
     """
 
     def __init__(self, config: WatchdogConfig, ranks: Ranks, folder: Path) -> None:
@@ -57,7 +61,7 @@ class Watchdog:
         self._training_thread = threading.get_ident()
         self._interval_s = min(_INTERVAL_S, config.shortest_s / 10)
         self._seconds = 0.0  # this clock: what has passed in the block, without times in which the process was stopped
-        self._position = Position("start", 0, 0, 0.0)
+        self._position = Position("start", 0, 0, 0.0, time.time())
         self._stopped, self._woken_at = 0.0, 0.0  # how long this process was stopped, the last time; and when that ended, on this clock
         self._alarm: Pulse | None = None  # where this rank was when it began to end the run
         self._closed = threading.Event()
@@ -66,7 +70,11 @@ class Watchdog:
 
     def enter(self, phase: str, step: int) -> None:
         """``step``: optimizer steps completed. For the training thread; it costs some microseconds."""
-        self._position = Position(phase, step, self._position.entered + 1, self._seconds)
+        self._position = Position(phase, step, self._position.entered + 1, self._seconds, time.time())
+
+    @property
+    def position(self) -> Position:
+        return self._position
 
     def connect(self, ranks: Ranks) -> None:
         """Begin to exchange pulses with the other ranks. Collectives: one broadcast."""

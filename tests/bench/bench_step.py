@@ -3,10 +3,9 @@
     python -m tests.bench.bench_step
     python -m tests.bench.bench_step --ranks 2 --data SHARDS model.name=vit_t batch.micro_batch_size=16
 
-The phases are those of lvface_step_seconds. Two columns are not its own: ``data`` is what the step waited for its batch, and ``loop`` is
-the total less all phases: everything that is no data, backbone, head or optimizer, the log line included. Communication is within the
-phase that waits for it: gathering embeddings in ``head``, reducing gradients in ``backward`` and ``optimizer``. Every stage of the recipe
-gets a table of its own, for the head works differently in each. Without --data, synthetic faces are drawn first.
+The parts are those of lvface_step_part_seconds_total. ``data_wait`` is what the step waited for its batch, ``comm`` what it waited for
+other ranks wherever that was, and ``other`` everything in no part, the log line included. Every stage of the recipe gets a table of its
+own, for the head works differently in each. Without --data, synthetic faces are drawn first.
 
 On a machine with GPUs, DS_ACCELERATOR=cpu keeps the run on the CPU.
 """
@@ -26,10 +25,10 @@ from data_pipeline.pack import pack
 from data_pipeline.synthetic import write_synthetic
 from tests.training import ROOT, free_port
 from train.config import load_run_config
-from train.metrics import PHASES
+from train.timing import PARTS
 
 WINDOW = 5  # steps
-SHOWN = tuple(phase for phase in PHASES if phase not in ("checkpoint", "total"))
+SHOWN = (*(part for part in PARTS if part != "checkpoint"), "total")
 IDENTITIES, IMAGES = 64, 24  # of the synthetic faces: a step of 2 x 64 images takes less than a tenth of them
 
 
@@ -87,13 +86,12 @@ def short_run(recipe: Path, steps: int) -> list[str]:
 
 
 def print_stage(windows: list[dict]) -> None:
-    """Time per step of every phase, the median over the windows but the first: that one warms up, or saved the stage before."""
+    """Time per step of every part, the median over the windows but the first: that one warms up, or saved the stage before."""
     seconds = [window["step_seconds"] for window in windows[1:]]
-    seconds = [{**phases, "loop": phases["total"] - sum(phases[phase] for phase in SHOWN)} for phases in seconds]
-    median = {phase: statistics.median(phases[phase] for phases in seconds) for phase in (*SHOWN, "loop", "total")}
-    print(f"\nstage {windows[0]['stage_name']}, median of {len(seconds)} windows of {WINDOW} steps\n  phase            ms    share")
-    for phase, taken in median.items():
-        print(f"  {phase:<10}{1000 * taken:>9.2f}{taken / median['total']:>9.2%}")
+    median = {part: statistics.median(parts[part] for parts in seconds) for part in SHOWN}
+    print(f"\nstage {windows[0]['stage_name']}, median of {len(seconds)} windows of {WINDOW} steps\n  part             ms    share")
+    for part, taken in median.items():
+        print(f"  {part:<10}{1000 * taken:>9.2f}{taken / median['total']:>9.2%}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The whole path from the command line: draw, pack, train on 2 ranks through both stages, scrape, evaluate."""
 
+import contextlib
 import json
 import re
 import subprocess
@@ -55,21 +56,28 @@ def test_faces_become_a_verified_model_and_every_rank_serves_metrics(tmp_path):
     process = launch_process(recipe, ranks=2, ds_config=ROOT / "ds_configs/zero1_bf16.json")
     seen = {0: "", 1: ""}  # the last answer of each rank
     while process.poll() is None:
+        with contextlib.suppress(FileNotFoundError):
+            found = json.loads((run / "prometheus_targets.json").read_text())
         for rank in seen:
             seen[rank] = scrape(port + rank) or seen[rank]
         time.sleep(0.05)
     output, errors = process.communicate()
     assert process.returncode == 0, errors
     assert not (run / "stacks").exists(), "the watchdog raised an alarm"
+    assert [target["labels"]["rank"] for target in found] == ["0", "1"]
+    assert [target["targets"] for target in found] == [[f"127.0.0.1:{port}"], [f"127.0.0.1:{port + 1}"]]
+    assert not (run / "prometheus_targets.json").exists(), "Prometheus would take ranks that have ended for ranks that are down"
     assert "TCPStore" not in errors  # torch's word for ranks that leave in the wrong order
 
     for rank, text in seen.items():
-        assert value(text, "lvface_images_total") > 0, f"rank {rank}"
-        assert value(text, "lvface_images_per_second") > 0
-        for phase in ("data", "forward", "head", "backward", "optimizer", "total"):
-            assert value(text, f'lvface_step_seconds{{phase="{phase}"}}') > 0
-        for series in ("loss", "learning_rate", "gradient_norm", "loss_scale", "sample_rate", "epoch", "step"):
+        assert value(text, "lvface_samples_total") > 0, f"rank {rank}"
+        for part in ("data_wait", "head", "forward", "backward", "comm", "optimizer", "checkpoint"):
+            assert value(text, f'lvface_step_part_seconds_total{{part="{part}"}}') > 0, part
+        for kind in ("start", "train", "checkpoint"):
+            assert value(text, f'lvface_run_time_seconds_total{{kind="{kind}"}}') > 0, kind
+        for series in ("loss", "learning_rate", "loss_scale", "sample_rate", "epoch", "step", "hardest_negative_cosine"):
             assert value(text, f"lvface_{series}") is not None
+        assert value(text, 'lvface_memory_bytes{kind="used"}') < value(text, 'lvface_memory_bytes{kind="total"}')
 
     scores = {int(step): float(score) for step, score in re.findall(r"checkpoint \S+/step_(\d+) \(.*, score (\S+)\)", output)}
     assert scores.keys() == {20, 28, 40, 56}

@@ -73,10 +73,8 @@ def observe(group, num_classes, options):
     own_rows = labels[(labels >= rows.start) & (labels < rows.stop)]
     assert int(head.observation.positive) == len(own_rows.unique())
     values = torch.cat(cosines)[torch.cat(held)].numpy()
-    histogram = head.observation.take_cosines()
-    assert histogram.counts == np.histogram(values, [-np.inf, *COSINE_EDGES, np.inf])[0].tolist()
-    assert histogram.total == pytest.approx(values.sum())
-    assert head.observation.take_cosines().counts == [0] * (len(COSINE_EDGES) + 1)
+    assert head.observation.take_cosines() == np.histogram(values, [-np.inf, *COSINE_EDGES, np.inf])[0].tolist()
+    assert head.observation.take_cosines() == [0] * (len(COSINE_EDGES) + 1)
 
 
 @pytest.mark.parametrize(("world_size", "num_classes"), [(1, 41), (2, 41), (3, 41), (3, 2)])

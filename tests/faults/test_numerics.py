@@ -47,8 +47,11 @@ def test_a_run_goes_back_to_the_checkpoint_before_the_trouble_and_on_with_other_
     skipped = said(tmp_path / "run")
     assert [(line["step"], line["ranks"]) for line in skipped] == [(5, [1]), (6, [1]), (7, [1])]
     assert all(name.startswith("shard_") or "/" in name for line in skipped for name in line["records"]["1"])
-    steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert steps == [1, 2, 3, 4, 5, 6, 7, 5, 6, 7, 8]
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 7, 5, 6, 7, 8]
+    assert [line["outcomes"]["applied"] for line in lines] == [1, 1, 1, 1, 0, 0, 0, 1, 1, 1, 1]
+    assert sum(line["outcomes"]["loss_not_finite"] + line["outcomes"]["gradient_not_finite"] for line in lines) == 3
+    assert [line["furthest_step"] for line in lines] == [1, 2, 3, 4, 5, 6, 7, 7, 7, 7, 8]
     kept = sorted(int(path.name[5:]) for path in (tmp_path / "run/checkpoints").glob("step_*"))
     assert kept == [3, 4, 6, 8]
     assert all(math.isfinite(loss) for loss in losses(tmp_path / "run").values())  # the last word on each step

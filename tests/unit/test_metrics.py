@@ -1,37 +1,58 @@
-"""The metrics table, a real exporter scraped over HTTP, the JSON lines and the phase timer."""
+"""The metrics table, a real exporter scraped over HTTP and HTTPS, the JSON lines."""
 
 import contextlib
 import json
 import math
 import re
 import socket
+import ssl
+import subprocess
 import urllib.error
 import urllib.request
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import train.metrics
-from train.config import ConfigError
-from train.metrics import PHASES, TABLE, BuildInfo, Metrics, PhaseTimer, StepRecord, metrics_table
+from train.config import ConfigError, MetricsConfig, TlsConfig
+from train.metric_table import TABLE, Histogram, StepRecord, metrics_table
+from train.metrics import BuildInfo, Metrics, targets
 
 HOST = "127.0.0.1"
 
 
 def record(**changes) -> StepRecord:
+    """Every number finite, and none equal to another of its kind by accident."""
     values = {
-        "step": 20, "epoch": 1.5, "stage": 1, "stage_name": "stable", "sample_rate": 0.5, "loss": 3.25, "target_cosine": 0.4,
-        "target_cosine_square": 0.2,
-        "learning_rate": 1e-3, "gradient_norm": 2.0, "head_gradient_norm": 0.5, "loss_scale": 1.0, "bad_records": 2,
-        "images": 640, "steps": 10,
-        "skipped_steps": 1, "images_per_second": 100.0, "step_seconds": {phase: 0.25 for phase in PHASES}, "eta_seconds": 60.0,
+        "step": 20, "target_steps": 370, "furthest_step": 25, "epoch": 1.5, "stage": 1, "stage_name": "stable", "restarts": 2,
+        "remaining_seconds": 60.0, "images": 640, "samples": 320, "steps": 10, "outcomes": {"applied": 9, "spike": 1},
+        "images_per_second": 100.0, "step_seconds": {"forward": 0.3, "other": 0.1, "total": 0.4},
+        "part_seconds": {"forward": 3.0, "other": 1.0}, "step_durations": Histogram([0, 0, 0, 0, 1, 9, 0, 0, 0, 0, 0, 0, 0], 4.0),
+        "operations": 2e9, "utilization": 0.4, "memory": {"used": 1e9, "peak": 2e9, "total": 3e9}, "sample_rate": 0.5, "loss": 3.25,
+        "loss_maximum": 4.5, "target_cosine": 0.4, "target_cosine_square": 0.2, "learning_rate": 1e-3, "gradient_norm": 2.0,
+        "head_gradient_norm": 0.5, "loss_scale": 1.0, "head_classes": {"held": 100, "sampled": 50, "positive": 7},
+        "own_center_cosines": Histogram([5, *[0] * 11, 315, 0], None),
+        "records": {"read": 320, "replaced": 1}, "bad_records": 2, "record_bytes": 10_000,
+        "data_queue_batches": 9, "hardest_negative_cosine": 0.35, "center_norm": 1.25, "expectation_updates": 12,
         "target_cosine_smoothed": 0.3, "expectation_cosine": 0.5, "expectation_classes": 9.0, "center_expectation_cosine": 0.8,
         "expectation_drift": 0.01, "curricular_t": 0.2, "uniface_bias": 7.0, "norm_mean": 20.0, "norm_std": 3.0,
-        "checkpoint_step": 10.0, "checkpoint_blocked_seconds": 0.1, "checkpoint_write_seconds": 2.0, "checkpoint_free_bytes": 1e12,
-        "checkpoint_score": 0.9,
+        "checkpoint_step": 10.0, "checkpoint_timestamp_seconds": 1.8e9, "checkpoint_blocked_seconds": 0.1,
+        "checkpoint_write_seconds": 2.0, "checkpoint_size_bytes": 7e8, "checkpoint_free_bytes": 1e12, "checkpoint_score": 0.9,
     }  # fmt: skip
     return StepRecord(**{**values, **changes})
+
+
+LIVE = {
+    "lvface_phase": {"data": 1.0, "forward": 0.0},
+    "lvface_heartbeat_timestamp_seconds": 1.7e9,
+    "lvface_run_time_seconds_total": {"start": 20.0, "train": 300.0},
+    "lvface_evaluation_accuracy_ratio": 0.99,
+    "lvface_evaluation_true_accept_ratio": {"0.001": 0.97},
+}
+# In the file alone.
+NOT_EXPORTED = {"images", "steps", "images_per_second", "step_seconds", "furthest_step", "bad_records", "checkpoint_score"}
 
 
 def free_port() -> int:
@@ -44,8 +65,9 @@ def free_port() -> int:
 def open_metrics(request):
     """Metrics that are closed when the test ends."""
 
-    def build(jsonl_path=None, port=0, rank=0, local_rank=0) -> Metrics:
-        metrics = Metrics(jsonl_path, HOST, port, rank, local_rank, BuildInfo(world_size=2, zero_stage=1, precision="bf16"))
+    def build(jsonl_path=None, port=0, rank=0, local_rank=0, **config) -> Metrics:
+        build = BuildInfo(world_size=2, zero_stage=1, precision="bf16")
+        metrics = Metrics(jsonl_path, MetricsConfig(host=HOST, port=port, **config), rank, local_rank, build, lambda: LIVE)
         request.addfinalizer(metrics.close)
         return metrics
 
@@ -53,11 +75,16 @@ def open_metrics(request):
 
 
 def scrape(port: int) -> dict[str, list]:
-    """Sample name -> samples, as a Prometheus server reads them."""
+    """Sample name -> samples, as a Prometheus server reads them; those of the process itself left out."""
     with urllib.request.urlopen(f"http://{HOST}:{port}/metrics", timeout=10) as response:
         families = text_string_to_metric_families(response.read().decode())
-        samples = [sample for family in families for sample in family.samples]
+        samples = [sample for family in families for sample in family.samples if not sample.name.startswith("process_")]
     return {name: [sample for sample in samples if sample.name == name] for name in {sample.name for sample in samples}}
+
+
+def by_label(samples: list) -> dict[str, float]:
+    """Of a metric with one label."""
+    return {value: sample.value for sample in samples for value in sample.labels.values()}
 
 
 def test_names_are_unique_legal_and_in_base_units():
@@ -66,44 +93,69 @@ def test_names_are_unique_legal_and_in_base_units():
     for spec in TABLE:
         assert re.fullmatch(r"lvface_[a-z]+(_[a-z]+)*", spec.name)
         assert spec.name.endswith("_total") == (spec.kind == "counter")
-        assert not re.search(r"_(ms|milliseconds|minutes|hours|percent|kilo\w+)$", spec.name)
-        assert not {"step", "path", "rank"} & set(spec.labels)
+        assert bool(spec.edges) == (spec.kind == "histogram")
+        assert not re.search(r"_(ms|milliseconds|minutes|hours|percent|kilo\w+|num|avg|max|min|eta)(_|$)", spec.name)
+        assert spec.label not in ("step", "path", "rank")
 
 
-def test_every_field_of_a_record_is_exported_once():
-    fed = [spec.field for spec in TABLE if spec.field]
-    assert sorted([*fed, "stage_name"]) == sorted(StepRecord.__dataclass_fields__)
+def test_every_field_of_a_record_is_exported_once_or_for_the_file_alone():
+    derived = {"stage_by_name": ["stage", "stage_name"], "gradient_norms": ["gradient_norm", "head_gradient_norm"]}
+    fed = [field for spec in TABLE if spec.field for field in derived.get(spec.field, [spec.field])]
+    assert sorted([*fed, *NOT_EXPORTED]) == sorted(StepRecord.__dataclass_fields__)
 
 
 def test_the_documentation_table_lists_every_metric():
     rows = metrics_table().splitlines()[2:]
     assert len(rows) == len(TABLE)
-    assert rows[0].startswith("| `lvface_images_total` | counter | images | ")
+    assert "| `lvface_samples_total` | counter | images | Images that this rank has trained on |" in rows
 
 
 def test_a_scrape_shows_every_metric_of_the_table_and_nothing_else(open_metrics):
     metrics = open_metrics(port=free_port())
     metrics.record_step(record())
     samples = scrape(metrics.port)
-    assert set(samples) == {spec.name for spec in TABLE}
+    series = {spec.name + "_bucket" * (spec.kind == "histogram") for spec in TABLE}
+    assert set(samples) == series | {"lvface_step_duration_seconds_count", "lvface_step_duration_seconds_sum"}
     assert samples["lvface_loss"][0].value == 3.25
-    assert {s.labels["phase"]: s.value for s in samples["lvface_step_seconds"]} == {phase: 0.25 for phase in PHASES}
+    assert by_label(samples["lvface_step_part_seconds_total"]) == {"forward": 3.0, "other": 1.0}
+    assert by_label(samples["lvface_gradient_norm"]) == {"backbone": 2.0, "head": 0.5}
+    assert by_label(samples["lvface_phase"]) == LIVE["lvface_phase"]
     assert samples["lvface_build_info"][0].labels == {"world_size": "2", "zero_stage": "1", "precision": "bf16"}
 
 
-def test_counters_start_at_zero_and_add_up_while_gauges_replace(open_metrics):
+def test_the_process_is_exported_as_prometheus_does(open_metrics):
+    port = open_metrics(port=free_port()).port
+    with urllib.request.urlopen(f"http://{HOST}:{port}/metrics", timeout=10) as response:
+        names = re.findall(r"^(process_\w+) ", response.read().decode(), re.MULTILINE)
+    assert {"process_resident_memory_bytes", "process_start_time_seconds", "process_cpu_seconds_total"} <= set(names)
+
+
+def test_counters_add_up_while_gauges_replace(open_metrics):
     metrics = open_metrics(port=free_port())
     before = scrape(metrics.port)
-    assert before["lvface_images_total"][0].value == 0
+    assert before["lvface_samples_total"][0].value == 0
     assert "lvface_loss" not in before
     metrics.record_step(record())
-    metrics.record_step(record(loss=2.0, step=30))
+    metrics.record_step(record(loss=2.0, step=30, outcomes={"applied": 10, "overflow": 3}))
     after = scrape(metrics.port)
-    assert after["lvface_images_total"][0].value == 1280
-    assert after["lvface_steps_total"][0].value == 20
-    assert after["lvface_skipped_steps_total"][0].value == 2
+    assert after["lvface_samples_total"][0].value == 640
+    assert by_label(after["lvface_steps_total"]) == {"applied": 19, "spike": 1, "overflow": 3}
+    assert by_label(after["lvface_step_part_seconds_total"]) == {"forward": 6.0, "other": 2.0}
     assert after["lvface_loss"][0].value == 2.0
     assert after["lvface_step"][0].value == 30
+
+
+def test_histograms_are_cumulative_and_add_up(open_metrics):
+    metrics = open_metrics(port=free_port())
+    metrics.record_step(record())
+    metrics.record_step(record())
+    samples = scrape(metrics.port)
+    buckets = by_label(samples["lvface_step_duration_seconds_bucket"])
+    assert (buckets["0.1"], buckets["0.25"], buckets["0.5"], buckets["60.0"], buckets["+Inf"]) == (0, 2, 20, 20, 20)
+    assert samples["lvface_step_duration_seconds_count"][0].value == 20
+    assert samples["lvface_step_duration_seconds_sum"][0].value == 8.0
+    cosines = by_label(samples["lvface_own_center_cosine_bucket"])
+    assert (cosines["-0.2"], cosines["0.9"], cosines["1.0"]) == (10, 10, 640)
 
 
 def test_only_the_current_stage_is_exported(open_metrics):
@@ -173,7 +225,7 @@ def test_one_json_line_per_record_is_on_disk_at_once_with_null_for_what_is_not_f
     metrics.record_step(record(loss=math.nan, gradient_norm=math.inf, step_seconds={"total": math.nan}))
     first, second = (json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines())  # before close
     assert first.pop("time") <= second["time"]
-    assert first == {**record().__dict__}
+    assert first == json.loads(json.dumps(asdict(record())))
     assert (second["loss"], second["gradient_norm"], second["step_seconds"]) == (None, None, {"total": None})
 
 
@@ -202,70 +254,74 @@ def test_a_line_that_cannot_be_written_is_a_problem_until_it_could_be(open_metri
     metrics.require_written()
 
 
+def test_the_last_record_of_the_file_is_read_again(open_metrics, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first = open_metrics(path)
+    assert first.last is None
+    first.record_step(record(step=10))
+    first.record_step(record(step=20, restarts=3))
+    with path.open("a") as file:
+        file.write('{"step": 3')
+    assert (open_metrics(path).last["step"], open_metrics(path).last["restarts"]) == (20, 3)
+    path.write_text('{"step": 1}\nno JSON\n')
+    with pytest.raises(ConfigError, match=rf"{path}: its last line is no JSON"):
+        open_metrics(path)
+
+
 def test_other_ranks_write_no_file(open_metrics, tmp_path):
     open_metrics(tmp_path / "metrics.jsonl", rank=1).record_step(record())
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture
-def host_time(monkeypatch) -> list[float]:
-    """The host clock under the test's control: host_time[0] is now, in seconds."""
-    now = [0.0]
-    monkeypatch.setattr(train.metrics.time, "perf_counter", lambda: now[0])
-    return now
-
-
-def spend(timer: PhaseTimer, now: list[float], **seconds: float) -> None:
-    for name, duration in seconds.items():
-        with timer.phase(name):
-            now[0] += duration
-
-
-def test_phase_times_are_means_per_step_and_add_up_to_at_most_the_total(host_time):
-    timer = PhaseTimer("cpu")
-    for _ in range(2):
-        spend(timer, host_time, data=1.0, forward=2.0)
-        spend(timer, host_time, data=3.0, forward=4.0)  # the second micro-batch of the same step
-        spend(timer, host_time, optimizer=0.5)
-        host_time[0] += 0.25  # outside of every phase
-    window = timer.window(steps=2)
-    assert window == {"data": 4.0, "forward": 6.0, "optimizer": 0.5, "total": 10.75}
-
-
-def test_a_window_forgets_the_one_before(host_time):
-    timer = PhaseTimer("cpu")
-    spend(timer, host_time, data=1.0)
-    timer.window(steps=1)
-    spend(timer, host_time, head=3.0)
-    assert timer.window(steps=1) == {"head": 3.0, "total": 3.0}
-
-
-def test_device_events_are_read_one_window_late(host_time, monkeypatch):
-    class LateClock(train.metrics._HostClock):
-        windows_late = 1
-
-    monkeypatch.setattr(train.metrics, "_CudaClock", LateClock)
-    timer = PhaseTimer("cuda")
-    spend(timer, host_time, forward=2.0)
-    assert timer.window(steps=2) == {}
-    spend(timer, host_time, forward=30.0)
-    assert timer.window(steps=3) == {"forward": 1.0, "total": 1.0}  # the first window, over its own two steps
-    assert timer.window(steps=1) == {"forward": 10.0, "total": 10.0}
-
-
-@pytest.mark.gpu
-def test_cuda_events_time_the_device():
-    torch = pytest.importorskip("torch")
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device: that events measure device time was not checked")
-    timer = PhaseTimer("cuda")
-    with timer.phase("forward"):
-        torch.cuda._sleep(100_000_000)  # device cycles: tens of milliseconds, while the host goes on at once
-    assert timer.window(steps=1) == {}
-    window = timer.window(steps=1)
-    assert 0.01 < window["forward"] <= window["total"]
-
-
 def test_the_readme_shows_the_table_as_it_is():
     readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
     assert metrics_table() in readme
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory) -> Path:
+    """A folder with cert.pem and key.pem for 127.0.0.1."""
+    folder = tmp_path_factory.mktemp("tls")
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=test"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", folder / "key.pem", "-out", folder / "cert.pem"]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("no openssl here: no certificate could be made, and TLS was not tried")
+    return folder
+
+
+def test_tls_answers_those_that_trust_its_certificate(open_metrics, certificate):
+    tls = TlsConfig(certificate=certificate / "cert.pem", key=certificate / "key.pem")
+    port = open_metrics(port=free_port(), tls=tls).port
+    context = ssl.create_default_context(cafile=certificate / "cert.pem")
+    with urllib.request.urlopen(f"https://{HOST}:{port}/metrics", timeout=10, context=context) as response:
+        assert "lvface_build_info{" in response.read().decode()
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(f"https://{HOST}:{port}/metrics", timeout=10)
+
+
+def test_with_a_client_ca_a_client_needs_a_certificate(open_metrics, certificate):
+    tls = TlsConfig(certificate=certificate / "cert.pem", key=certificate / "key.pem", client_ca=certificate / "cert.pem")
+    port = open_metrics(port=free_port(), tls=tls).port
+    context = ssl.create_default_context(cafile=certificate / "cert.pem")
+    with pytest.raises((urllib.error.URLError, ssl.SSLError, ConnectionError)):
+        urllib.request.urlopen(f"https://{HOST}:{port}/metrics", timeout=10, context=context).read()
+    context.load_cert_chain(certificate / "cert.pem", certificate / "key.pem")
+    with urllib.request.urlopen(f"https://{HOST}:{port}/metrics", timeout=10, context=context) as response:
+        assert response.status == 200
+
+
+def test_a_certificate_that_is_not_there_is_named(open_metrics, certificate, tmp_path):
+    with pytest.raises(ConfigError, match=r"metrics\.tls: .*No such file"):
+        open_metrics(port=free_port(), tls=TlsConfig(certificate=tmp_path / "no.pem", key=certificate / "key.pem"))
+    with pytest.raises(ConfigError, match=r"metrics\.tls: "):
+        open_metrics(port=free_port(), tls=TlsConfig(certificate=certificate / "key.pem", key=certificate / "key.pem"))
+
+
+def test_targets_name_ranks_and_nodes_where_prometheus_finds_them(certificate):
+    here = targets(MetricsConfig(), "run", ["a", "a"], [9400, 9402])
+    assert here[1] == {"targets": ["127.0.0.1:9402"], "labels": {"run": "run", "rank": "1", "node": "a"}}
+    tls = TlsConfig(certificate=certificate / "cert.pem", key=certificate / "key.pem")
+    everywhere = targets(MetricsConfig(host="0.0.0.0", tls=tls), "run", ["a", "b"], [9400, 9400])
+    assert everywhere[1] == {"targets": ["b:9400"], "labels": {"run": "run", "rank": "1", "node": "b", "__scheme__": "https"}}

@@ -63,7 +63,7 @@ def test_windows_add_up_to_the_run_on_every_rank(log_every, shards, tmp_path):
 def test_a_run_that_was_killed_tells_restarts_and_what_it_did_again(shards, tmp_path):
     """Killed after step 5; the second process begins with step 5, or with 4 if the checkpoint at the stage's end was not complete."""
     recipe = write_recipe(tmp_path / "recipe.yaml", shards, tmp_path / "run")
-    with pytest.raises(AssertionError, match="ranks ended|failed"):
+    with pytest.raises(AssertionError, match=r"ranks ended|failed"):
         run_ranks(2, train_and_tell, recipe, (0, 5))
     for told in run_ranks(2, train_and_tell, recipe):
         steps = [record.step for record in told["records"]]

@@ -71,7 +71,7 @@ def manifest(**changes):
         (lambda folder: (folder / "manifest.json").write_text("[]"), "its manifest cannot be read"),
         (manifest(files={"a.pt": 7}), "its manifest cannot be read"),
         (manifest(files=[]), "its manifest cannot be read"),
-        (manifest(format=9), "its format is 9, this version reads 3"),
+        (manifest(format=9), "its format is 9, this version reads 4"),
         (manifest(step=8), "its manifest is of step 8"),
         (manifest(files={"../a.pt": FILES["a.pt"]}), "its manifest names '../a.pt', which is no file in it"),
         (manifest(files={"/etc/passwd": FILES["a.pt"]}), "its manifest names '/etc/passwd', which is no file in it"),

@@ -8,6 +8,7 @@ import torch
 
 from data_pipeline.augment import Augment
 from data_pipeline.errors import DataError
+from data_pipeline.graph import PREFETCH
 from data_pipeline.loader import FaceLoader
 from data_pipeline.pack import pack
 from data_pipeline.recordio import RecordWriter
@@ -235,6 +236,14 @@ def test_records_with_several_labels_and_with_magic_inside_are_read(face_loader,
     (batch,) = take(face_loader(tmp_path, 3, augment=PLAIN), 1)
     assert sorted(batch.labels.tolist()) == [0, 1, 2]
     assert [label_of(image.numpy()) for image in batch.images] == batch.labels.tolist()
+
+
+def test_bytes_read_are_those_of_the_images_fed_to_the_pipeline(packed_people):
+    names = [name for batch in take(FaceLoader(packed_people, 5, augment=PLAIN), 3 + PREFETCH) for name in batch.records()]
+    loader = FaceLoader(packed_people, 5, augment=PLAIN)
+    take(loader, 3)
+    assert loader.bytes_read == sum(len(record_named(packed_people, name)[1].image) for name in names)
+    assert loader.batches_ahead >= PREFETCH
 
 
 @pytest.mark.gpu

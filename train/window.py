@@ -59,7 +59,8 @@ class Window:
         return torch.stack(self.measured).mean(0).tolist() if self.measured else [math.nan] * 3
 
     def highest_loss(self) -> float:
-        return max((float(measured[0]) for measured in self.measured), default=math.nan)
+        """Of the applied steps; NaN without any."""
+        return float(torch.stack(self.measured)[:, 0].max()) if self.measured else math.nan
 
     def state(self) -> dict[str, Any]:
         return {

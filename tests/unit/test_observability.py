@@ -6,11 +6,13 @@ import urllib.request
 import pytest
 import yaml
 
-from tests.fake_ranks import FakeRank, metrics, write_targets
+from tests.fake_ranks import FakeRun
 from tests.prometheus import FOLDER, Prometheus, alert_queries, dashboard_queries, metric_names, promtool
+from train.metric_table import TABLE
+from train.metrics import TARGETS
 from train.observability.dashboard import FILE, as_json
 
-KNOWN = {*metrics(now=0.0, scrape=0), "lvface_build_info"}
+KNOWN = {spec.name for spec in TABLE}
 
 
 def read_yaml(name: str) -> dict:
@@ -18,12 +20,11 @@ def read_yaml(name: str) -> dict:
 
 
 @pytest.fixture
-def ranks():
-    """Two ranks to scrape."""
-    ranks = [FakeRank(0), FakeRank(1)]
-    yield ranks
-    for rank in ranks:
-        rank.close()
+def run(tmp_path):
+    """Two ranks to scrape, of a run with a blank in its name."""
+    (tmp_path / "some run").mkdir()
+    with FakeRun(tmp_path / "some run", 2) as run:
+        yield run
 
 
 @pytest.mark.parametrize(
@@ -35,8 +36,8 @@ def test_promtool_finds_nothing_wrong(arguments):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_promtool_finds_nothing_wrong_with_the_metrics_that_ranks_serve(ranks):
-    with urllib.request.urlopen(f"http://127.0.0.1:{ranks[0].port}/metrics", timeout=10) as answer:
+def test_promtool_finds_nothing_wrong_with_the_metrics_that_ranks_serve(run):
+    with urllib.request.urlopen(f"http://127.0.0.1:{run.ranks[0].port}/metrics", timeout=10) as answer:
         result = promtool("check", "metrics", input=answer.read().decode())
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
@@ -101,23 +102,21 @@ def test_panels_have_ids_and_places_of_their_own_and_ask_the_chosen_prometheus_a
             assert all('run="$run"' in target["expr"] for target in panel["targets"]), panel["title"]
 
 
-def test_a_real_prometheus_answers_every_query_of_the_dashboard_and_evaluates_every_rule(ranks, tmp_path):
-    output = tmp_path / "some run"
-    output.mkdir()
-    with Prometheus(tmp_path / "prometheus", output) as prometheus:
-        write_targets(output, ranks)  # after its start: it must find the file by itself
+def test_a_real_prometheus_answers_every_query_of_the_dashboard_and_evaluates_every_rule(run, tmp_path):
+    with Prometheus(tmp_path / "prometheus", run.output) as prometheus:
+        run.announce()  # after its start: it must find the file by itself
         prometheus.wait_for_data(dashboard_queries("some run"), finite=True)
         for _, expression in alert_queries():
             prometheus.query(expression)
         prometheus.wait_for("every rule's evaluation", lambda: {rule["health"] for rule in prometheus.rules()} == {"ok"})
         prometheus.wait_for("no alert", lambda: not prometheus.alerts())  # at the first scrape no step has been taken yet
 
-        ranks[1].close()
+        run.ranks[1].close()
         prometheus.wait_for("an alert", prometheus.alerts)
         labels = prometheus.alerts()["LvfaceRankDown"]
         assert (labels["run"], labels["rank"], labels["node"]) == ("some run", "1", "node1")
 
-        (output / "prometheus_targets.json").unlink()  # an end in order
+        (run.output / TARGETS).unlink()  # an end in order
         prometheus.wait_for("the end of all alerts", lambda: not prometheus.alerts())
 
 

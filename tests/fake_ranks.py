@@ -8,6 +8,7 @@ import time
 from itertools import count
 from pathlib import Path
 
+from data_pipeline.output import replace_file
 from tests.training import free_port
 from train.config import MetricsConfig
 from train.metric_table import TABLE, Histogram
@@ -68,7 +69,7 @@ class FakeRun:
     def announce(self) -> None:
         """Write what a run of these ranks, each on a node of its own, writes for Prometheus' service discovery."""
         nodes, ports = [f"node{rank}" for rank in range(len(self.ranks))], [rank.port for rank in self.ranks]
-        (self.output / TARGETS).write_text(json.dumps(targets(MetricsConfig(), self.output.name, nodes, ports)))
+        replace_file(self.output / TARGETS, json.dumps(targets(MetricsConfig(), self.output.name, nodes, ports)))
 
     def __enter__(self) -> FakeRun:
         return self

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import re
 import shutil
 import subprocess
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -71,7 +71,11 @@ class Prometheus:
     def __enter__(self) -> Prometheus:
         self._log = (self._folder / "log").open("w")
         self._process = subprocess.Popen(self._command, stdout=self._log, stderr=subprocess.STDOUT)
-        self.wait_for("its answer", self._ready)
+        try:
+            self.wait_for("its answer", self._ready)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -94,8 +98,8 @@ class Prometheus:
         """Name -> labels, of what fires or is about to; of several of one name one."""
         return {alert["labels"]["alertname"]: alert["labels"] for alert in self._get("alerts")["alerts"]}
 
-    def wait_for(self, what: str, happened: Callable[[], object]) -> None:
-        """Until ``happened()`` is true."""
+    def wait_for(self, what: object, happened: Callable[[], object]) -> None:
+        """Until ``happened()`` is true; fails if it does not become so, or Prometheus ends. ``what``: as which the failure speaks of it."""
         end = time.monotonic() + _LIMIT_S
         while not happened():
             assert self._process.poll() is None, (self._folder / "log").read_text()
@@ -112,9 +116,7 @@ class Prometheus:
                     del missing[name]
             return not missing
 
-        with contextlib.suppress(AssertionError):
-            self.wait_for("data", found)
-        assert not missing
+        self.wait_for(missing, found)
 
     def _ready(self) -> bool:
         try:

@@ -8,7 +8,7 @@ from typing import TypeVar
 from grafana_foundation_sdk.builders import common, heatmap, stat, table, timeseries
 from grafana_foundation_sdk.builders.dashboard import ThresholdsConfig
 from grafana_foundation_sdk.builders.prometheus import Dataquery
-from grafana_foundation_sdk.models.common import LegendDisplayMode, StackingMode
+from grafana_foundation_sdk.models.common import BigValueTextMode, LegendDisplayMode, StackingMode
 from grafana_foundation_sdk.models.dashboard import DataSourceRef, DataTransformerConfig, Threshold, ThresholdsMode
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
@@ -25,6 +25,8 @@ def number(
     panel = _panel(stat.Panel(), title, meaning, unit, queries, now=True).span(4).height(_HEIGHT // 2)
     if unit == "none":
         panel.decimals(decimals)
+    if any(name for _, name in queries):
+        panel.text_mode(BigValueTextMode.VALUE_AND_NAME)  # of a single number Grafana leaves the name out otherwise
     colors = [Threshold(value, color) for color, value in (limits or {"text": None}).items()]
     return panel.thresholds(ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps(colors))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from string import ascii_uppercase
 from typing import TypeVar
 
 from grafana_foundation_sdk.builders import common, heatmap, stat, table, timeseries
@@ -32,6 +33,7 @@ def number(
 
 
 def graph(title: str, meaning: str, unit: str, *queries: Query, width: int = _WIDTH // 3, stacked: bool = False) -> timeseries.Panel:
+    """Curves over time. ``width``: of the 24 columns of a dashboard; ``stacked``: shares that add up to 1 at most."""
     panel = _panel(timeseries.Panel(), title, meaning, unit, queries).span(width).height(_HEIGHT)
     panel.legend(common.VizLegendOptions().show_legend(True).display_mode(LegendDisplayMode.LIST))
     if stacked:
@@ -48,6 +50,7 @@ def listing(title: str, meaning: str, unit: str, expr: str, value: str, width: i
 
 
 def histogram(title: str, meaning: str, expr: str) -> heatmap.Panel:
+    """How values spread, over time; ``expr``: the increase of a histogram's buckets by ``le``."""
     panel = _panel(heatmap.Panel(), title, meaning, "short", [(expr, "{{le}}")], form=PromQueryFormat.HEATMAP)
     return panel.span(_WIDTH // 3).height(_HEIGHT)
 
@@ -63,7 +66,7 @@ def _panel(
 ) -> Panel:
     """``panel`` with what all have. ``now``: one value instead of a curve."""
     panel.title(title).description(meaning).unit(unit).datasource(SOURCE)
-    for ref, (expr, name) in zip("ABCDEF", queries, strict=False):
+    for ref, (expr, name) in zip(ascii_uppercase, queries, strict=False):
         query = Dataquery().ref_id(ref).expr(expr).legend_format(name).format(form)
         panel.with_target(query.instant() if now else query.range())
     return panel

@@ -31,6 +31,10 @@ says beforehand what a recipe comes to on a number of ranks, see python -m train
 
 rewrites a checkpoint as another number of ranks would have saved it. A run reads those of any number of ranks without it.
 
+  python -m train tune --config R.yaml --deepspeed_config J.json --ranks 8
+
+measures which micro-batch, ZeRO stage, precision, activation checkpointing and overlap_comm are fastest here, see its --help.
+
 SIGTERM or SIGUSR1 to the launcher or to any rank, or the end of the launcher, is a request to stop: while it trains, the run saves a
 checkpoint at the next step and ends; else it ends at once.
 
@@ -42,7 +46,7 @@ then."""
 
 def main() -> None:
     """Parse, check everything that needs no other rank, train, evaluate."""
-    if sys.argv[1:2] in (["plan"], ["reshard"]):
+    if sys.argv[1:2] in (["plan"], ["reshard"], ["tune"]):
         _check_import_path()
         sys.exit(importlib.import_module(f"train.{sys.argv[1]}").main(sys.argv[2:]))
     arguments = _parse_arguments()

@@ -77,13 +77,22 @@ class DeepSpeedSummary:
 def load_ds_config(
     path: Path, run: RunConfig, world_size: int, device_type: Literal["cpu", "cuda"]
 ) -> tuple[dict[str, Any], DeepSpeedSummary]:
-    """Read one of ``ds_configs/*.json`` for this recipe, world size and device.
+    """Read one of ``ds_configs/*.json`` for this recipe, world size and device: :func:`complete_ds_config` of the file.
+
+    Raises: ConfigError, also if the file is not JSON.
+    """
+    return complete_ds_config(read_json(Path(path)), run, world_size, device_type)
+
+
+def complete_ds_config(
+    document: Document, run: RunConfig, world_size: int, device_type: Literal["cpu", "cuda"]
+) -> tuple[dict[str, Any], DeepSpeedSummary]:
+    """Check DeepSpeed's JSON against this recipe, world size and device, and fill in what the recipe owns.
 
     Returns: the dict for ``deepspeed.initialize(config=...)``, complete, without any ``"auto"``; and its summary.
     Raises: ConfigError with one line per problem, naming key, reason, file and line. Combinations are looked at once every key by
     itself is good. Imports deepspeed (seconds) to check the sections with DeepSpeed's own models.
     """
-    document = read_json(Path(path))
     problems = [*_key_problems(document), *_auto_problems(document)]
     if problems:
         raise ConfigError(problems)

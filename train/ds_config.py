@@ -37,6 +37,16 @@ UNCHECKED_SECTIONS: dict[str, dict[str, type | tuple[str, ...]]] = {
     "torch_autocast": {"enabled": bool, "dtype": ("bfloat16", "float16"), "lower_precision_safe_modules": list},
     "data_types": {"grad_accum_dtype": ("fp32", "bf16", "fp16"), "keep_in_fp32_modules": list},
     "timers": {"throughput": dict},
+    "autotuning": {
+        **dict.fromkeys(("enabled", "fast", "overwrite"), bool),
+        **dict.fromkeys(("results_dir", "exps_dir", "metric_path", "model_info_path"), str),
+        **dict.fromkeys(("start_profile_step", "end_profile_step", "tuner_early_stopping", "tuner_num_trials", "mp_size"), int),
+        **dict.fromkeys(("max_train_batch_size", "min_train_batch_size", "num_tuning_micro_batch_sizes"), int),
+        **dict.fromkeys(("max_train_micro_batch_size_per_gpu", "min_train_micro_batch_size_per_gpu"), int),
+        **dict.fromkeys(("arg_mappings", "model_info"), dict),
+        "metric": ("latency", "throughput", "flops", "forward", "backward", "step"),
+        "tuner_type": ("gridsearch", "random", "model_based"),
+    },
 }
 
 # Sections that DeepSpeed checks with pydantic models of its own; see _section_models.
@@ -142,7 +152,7 @@ def _type_problems(document: Document, key: Key, value: Any, expected: type | tu
         if value not in expected:
             yield document.problem(key, f"must be one of {', '.join(expected)}, got {show(value)}{did_you_mean(value, expected)}")
     elif type(value) is not expected:
-        words = {bool: "true or false", int: "an integer", list: "a list", dict: "an object"}
+        words = {bool: "true or false", int: "an integer", str: "text", list: "a list", dict: "an object"}
         yield document.problem(key, f"must be {words[expected]}, got {show(value)}")
 
 

@@ -66,11 +66,11 @@ class Workload:
         return f"stages.{self.stage}.batch" if self.cfg.stages[self.stage].batch else "batch"
 
     def changes(self, settings: Settings) -> list[str]:
-        """The settings as overrides of the recipe, to be pasted."""
+        """The settings as overrides of the recipe, to be pasted; on this number of ranks its global batch stays."""
+        fixed = self.cfg.stage_batch(self.stage).global_batch_size is not None  # then the accumulation follows by itself
         return [
             f"{self._batch_key}.micro_batch_size={settings.micro_batch_size}",
-            f"{self._batch_key}.global_batch_size={self.global_batch_size}",
-            f"{self._batch_key}.grad_accum_steps=null",
+            *([] if fixed else [f"{self._batch_key}.grad_accum_steps={self.grad_accum_steps(settings)}"]),
             f"model.activation_checkpointing={json.dumps(settings.checkpointing)}",
         ]
 

@@ -126,6 +126,9 @@ def main(argv: Sequence[str]) -> int:
     except (ValueError, OSError) as error:
         print(redact(f"error: {error}"), file=sys.stderr)
         return _ERROR
+    except KeyboardInterrupt:
+        print("stopped before the first trial", file=sys.stderr)
+        return _INTERRUPTED
 
 
 def _tune(arguments: argparse.Namespace) -> int:
@@ -146,10 +149,10 @@ def _tune(arguments: argparse.Namespace) -> int:
     _say(f"stage {stage} of {arguments.config}, {world_size} ranks ({this.device.type}), global batch {workload.global_batch_size:,}")
     try:
         Sweep(workload, results, folder, arguments.timeout, _say).run(_space(arguments, workload), arguments.repeats)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
         _say(f"\n{table(workload, results)}")
-        print(f"interrupted: {results.path} has {counts(results)}; the same command goes on from there", file=sys.stderr)
-        return _INTERRUPTED
+        print(f"stopped: {results.path} has {counts(results)}; the same command goes on from there", file=sys.stderr)
+        return STOPPED if isinstance(end, SystemExit) else _INTERRUPTED
     _say(f"\n{table(workload, results)}\n")
     if not results.ranking():
         print(f"error: no trial could be measured; {results.path} says why", file=sys.stderr)
@@ -206,7 +209,7 @@ def _space(arguments: argparse.Namespace, workload: Workload) -> list[Settings]:
     """All combinations; micro-batches ascend, so that one that is out of memory spares the larger ones."""
     size = workload.cfg.stage_batch(workload.stage).micro_batch_size
     sizes = arguments.micro_batch or [size // 2, size, 2 * size]
-    precisions = arguments.precision or [workload.precision]
+    precisions = arguments.precision or [workload.given.precision]
     axes = (precisions, arguments.zero, arguments.checkpointing, arguments.overlap, sorted(sizes))
     combinations = itertools.product(*axes)
     return [Settings(micro, stage, precision, checkpointing, overlap) for precision, stage, checkpointing, overlap, micro in combinations]

@@ -24,7 +24,7 @@ MEASURED, REFUSED, OUT_OF_MEMORY, TIMED_OUT, FAILED, SKIPPED = "measured", "refu
 
 # torch on both kinds of device, CUDA, NCCL, DALI, Python, C++.
 _NO_MEMORY = re.compile(
-    r".*(out of memory|OutOfMemory|can't allocate memory|Cannot allocate memory|\bMemoryError\b|bad_alloc).*", re.IGNORECASE
+    r".*(out of memory|OutOfMemory|can't allocate memory|Cannot allocate memory|MemoryError\b|bad_alloc).*", re.IGNORECASE
 )
 _EXIT_CODE = re.compile(r"exits with return code = (-?\d+)")  # of the rank that failed, as DeepSpeed's launcher tells it
 

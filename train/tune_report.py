@@ -10,7 +10,7 @@ from pathlib import Path
 
 from data_pipeline.output import replace_file
 from train.redact import redact
-from train.tune_process import MEASURED, REFUSED, Outcome
+from train.tune_process import MEASURED, Outcome
 from train.tune_results import Ranked, Results
 from train.tune_settings import Settings, Workload
 
@@ -97,8 +97,8 @@ def _why(workload: Workload, best: Ranked, others: Sequence[Ranked]) -> Iterator
             f"  the recipe has a micro-batch of {batch.micro_batch_size}; another one trains otherwise: the head's loss is over "
             f"{settings.micro_batch_size * workload.world_size} images at a time, BatchNorm's statistics over {settings.micro_batch_size}"
         )
-    if settings.precision != workload.precision:
-        yield f"  the JSON given has {workload.precision}: another precision also trains otherwise"
+    if settings.precision != workload.given.precision:
+        yield f"  the JSON given has {workload.given.precision}: another precision also trains otherwise"
 
 
 def _not_measured(results: Results) -> Iterator[str]:
@@ -114,8 +114,8 @@ def _not_measured(results: Results) -> Iterator[str]:
 
 def counts(results: Results) -> str:
     """``12 measured, 3 refused``."""
-    found = Counter(outcome.status for (_, repeat), outcome in results.rows.items() if repeat == 0 or outcome.status != REFUSED)
-    return ", ".join(f"{number} {status}" for status, number in found.items())
+    found = Counter(outcome.status for outcome in results.rows.values())
+    return ", ".join(f"{number} {status}" for status, number in found.items()) or "nothing yet"
 
 
 def _speed(windows: Sequence[float], median: float) -> str:

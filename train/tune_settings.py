@@ -10,12 +10,11 @@ from typing import Any, Literal
 
 from train.config import BatchConfig, ConfigError, RunConfig, load_run_config
 from train.document import Document, read_json
-from train.ds_config import OWNED_BY_RECIPE, complete_ds_config
+from train.ds_config import OWNED_BY_RECIPE, DeepSpeedSummary, complete_ds_config
 
 PRECISIONS = ("bf16", "fp16", "fp32", "bf16_autocast")
 _SHIPPED = Path(__file__).resolve().parents[1] / "ds_configs"
 _PRECISION_SECTIONS = ("bf16", "fp16", "torch_autocast")
-_AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Workload:
     overrides: tuple[str, ...]  # the user's, and those that name the data
     cfg: RunConfig  # of both
     deepspeed: Document  # the JSON that the settings are changes of
-    precision: str  # of that JSON
+    given: DeepSpeedSummary  # of that JSON
     stage: int  # index of the measured one
     world_size: int
     device_type: Literal["cpu", "cuda"]
@@ -92,34 +91,40 @@ class Workload:
         ]
 
     def deepspeed_config(self, settings: Settings) -> dict[str, Any]:
-        """DeepSpeed's JSON with these settings; what it says of neither stage nor precision stays.
+        """DeepSpeed's JSON with these settings.
 
-        What it does not say because it is written for another stage or precision is taken from the file of ``ds_configs`` for these.
+        What the user's says of neither stage nor precision stays. Of its ``zero_optimization`` that is what differs from the file of
+        ``ds_configs`` for its own stage and precision; the rest is taken from the file for these ones.
         """
         base = self.deepspeed.data
-        autocast = settings.precision == "bf16_autocast"
-        file = f"zero{max(settings.zero_stage, 1)}_{'fp32' if autocast else settings.precision}.json"
-        shipped = read_json(_SHIPPED / file).data
-        source = base if settings.precision == self.precision else (_AUTOCAST if autocast else shipped)
-        zero = {**shipped["zero_optimization"], **base.get("zero_optimization", {})}
-        zero = {key: value for key, value in zero.items() if settings.zero_stage == 3 or not key.startswith("stage3_")}
+        shipped, shipped_for_given = (_shipped(of.zero_stage, of.precision) for of in (settings, self.given))
+        source = base if settings.precision == self.given.precision else shipped
+        usual = shipped_for_given["zero_optimization"]
+        own = {key: value for key, value in base.get("zero_optimization", {}).items() if usual.get(key) != value}
+        own = {key: value for key, value in own.items() if settings.zero_stage == 3 or not key.startswith("stage3_")}
         return {
             **dict.fromkeys(OWNED_BY_RECIPE, "auto"),
             **{key: value for key, value in base.items() if key not in (*OWNED_BY_RECIPE, *_PRECISION_SECTIONS)},
             **{key: source[key] for key in _PRECISION_SECTIONS if key in source},
-            "zero_optimization": {**zero, "stage": settings.zero_stage, "overlap_comm": settings.overlap},
+            "zero_optimization": {**shipped["zero_optimization"], **own, "stage": settings.zero_stage, "overlap_comm": settings.overlap},
         }
 
     def refusal(self, settings: Settings) -> str | None:
         """Why these settings would be refused before training; None if they would not."""
         try:
-            self.grad_accum_steps(settings)
             cfg = load_run_config(self.recipe, self.trial_overrides(settings, Path("trial")))
             document = Document("the JSON of this trial", self.deepspeed_config(settings))
             complete_ds_config(document, cfg, self.world_size, self.device_type)
         except ConfigError as error:
             return "; ".join(error.problems)
         return None
+
+
+def _shipped(zero_stage: int, precision: str) -> dict[str, Any]:
+    """The JSON of ``ds_configs``; of stage 0 and of autocast, for which there is none, the nearest."""
+    if precision == "bf16_autocast":
+        return {**_shipped(zero_stage, "fp32"), "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+    return read_json(_SHIPPED / f"zero{max(zero_stage, 1)}_{precision}.json").data
 
 
 def open_workload(
@@ -140,4 +145,4 @@ def open_workload(
     document = read_json(deepspeed_config)
     _, summary = complete_ds_config(document, cfg, world_size, device_type)
     stage = len(names) - 1 if stage_name is None else names.index(stage_name)
-    return Workload(recipe, tuple(overrides), cfg, document, summary.precision, stage, world_size, device_type, window_steps, windows)
+    return Workload(recipe, tuple(overrides), cfg, document, summary, stage, world_size, device_type, window_steps, windows)

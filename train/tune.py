@@ -54,8 +54,7 @@ class Sweep:
         The windows of one process differ less than those of two, so what is close at the top is measured in several.
         A trial that failed is tried again, unless memory or time was the reason.
         """
-        rows = self._results.rows
-        missing = [settings for settings in space if (settings, 0) not in rows or rows[settings, 0].status == FAILED]
+        missing = [settings for settings in space if self._lacks(settings, 0)]
         refused = {settings: reason for settings in missing if (reason := self._workload.refusal(settings))}
         for settings, reason in refused.items():
             self._results.add(settings, 0, Outcome(REFUSED, reason))
@@ -64,16 +63,19 @@ class Sweep:
         self._say(
             f"{len(space)} settings: {len(missing)} to measure, {len(refused)} refused"
             + (f", {kept} known from before" if kept else "")
-            + f"; then the best again, {repeats} times"
+            + (f"; then the best again ({repeats} x)" if repeats else "")
         )
         self._total = len(missing) + repeats * min(_CONTENDERS - 1, len(space) - len(refused))
         for settings in missing:
             self._measure(settings, 0)
         contenders = self._contenders()
-        again = [(settings, repeat) for repeat in range(1, repeats + 1) for settings in contenders if (settings, repeat) not in rows]
+        again = [(settings, repeat) for repeat in range(1, repeats + 1) for settings in contenders if self._lacks(settings, repeat)]
         self._total = self._done + len(again)
         for settings, repeat in again:
             self._measure(settings, repeat)
+
+    def _lacks(self, settings: Settings, repeat: int) -> bool:
+        return (settings, repeat) not in self._results.rows or self._results.rows[settings, repeat].status == FAILED
 
     def _contenders(self) -> list[Settings]:
         """The best two, and a third that is within noise of the best."""
@@ -230,9 +232,11 @@ accumulates more or less, and one that does not divide it is refused. A trial th
 Trains on the recipe's records, or on synthetic faces where it names none. Then the best two are measured again, and a third that is
 within noise of the best. OUTPUT gets results.csv, best_ds_config.json, best.txt (why, and the command to start) and the logs of all trials.
 The same command goes on from results.csv after Ctrl-C or a kill.""",
-        epilog="Memory is the peak of the rank with the most: on a GPU what torch had allocated, on a CPU what was resident. It includes a "
-        "checkpoint at the end, as in any run. Exit codes: 0 done, 1 no trial could be measured, 2 something given is wrong, 75 stopped by "
-        "SIGTERM, 130 by Ctrl-C.",
+        epilog="""\
+Memory is the peak of the rank with the most: on a GPU what torch had allocated, on a CPU what was resident. It includes saving a
+checkpoint at the end, as in any run. Settings whose windows overlap those of the fastest are within noise of it.
+
+Exit codes: 0 done, 1 no trial could be measured, 2 something given is wrong, 75 stopped by SIGTERM, 130 by Ctrl-C.""",
     )
     switch = _list_of(lambda text: {"on": True, "off": False}[text], "on or off")
     number = _list_of(_positive, "a positive number")

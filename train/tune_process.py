@@ -60,7 +60,8 @@ def run_trial(workload: Workload, settings: Settings, folder: Path, timeout_s: f
     output, log = folder / "run", folder / "log.txt"
     kills, begin, ended = _oom_kills(), time.monotonic(), True
     with log.open("w") as file:
-        # A session of its own: Ctrl-C reaches this process alone, which then ends all of the trial's.
+        # A session of its own: Ctrl-C reaches this process alone, which then ends all of the trial's. If this one is killed, the ranks
+        # notice by themselves: with --deepspeed_config on its command line it is a launcher to train.stop.
         process = subprocess.Popen(
             trial_command(workload, settings, folder, module),
             stdin=subprocess.DEVNULL,

@@ -111,6 +111,7 @@ def statuses(output):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # seven starts of two ranks
 @pytest.mark.fault("Ctrl-C, SIGTERM and SIGKILL of train tune", "no process left; the sweep goes on with what is missing")
 def test_a_sweep_that_is_stopped_leaves_no_process_and_goes_on(sweep):
     start, output = sweep

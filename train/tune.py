@@ -192,7 +192,7 @@ def _draw_faces(folder: Path, images: int) -> None:
 def _common(workload: Workload) -> dict[str, object]:
     """What all trials of a sweep have in common, for the next one that finds its results."""
     cfg = workload.cfg
-    return {
+    common = {
         "recipe": cfg.mathematics(),
         "data.path": str(cfg.data.path),
         "data.num_threads": cfg.data.num_threads,
@@ -205,6 +205,7 @@ def _common(workload: Workload) -> dict[str, object]:
         "torch version": version("torch"),
         "DeepSpeed version": version("deepspeed"),
     }
+    return redact(common)
 
 
 def _space(arguments: argparse.Namespace, workload: Workload) -> list[Settings]:

@@ -41,7 +41,7 @@ class Ranked:
 
 
 class Results:
-    """The rows of ``results.csv``, one a trial, written as they come."""
+    """The rows of ``results.csv``, one a trial, written as they come; ``windows`` are the images per second of each."""
 
     def __init__(self, folder: Path, sweep: dict) -> None:
         """Open those in ``folder``. ``sweep``: what all of them have in common, as JSON values.

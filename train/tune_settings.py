@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from train.autotuning import read_ds_config
 from train.config import BatchConfig, ConfigError, RunConfig, load_run_config
 from train.document import Document, read_json
 from train.ds_config import OWNED_BY_RECIPE, DeepSpeedSummary, complete_ds_config
@@ -142,7 +143,7 @@ def open_workload(
     names = [stage.name for stage in cfg.stages]
     if stage_name is not None and stage_name not in names:
         raise ConfigError(f"--stage: no such stage in {recipe}: {stage_name}; it has {', '.join(names)}")
-    document = read_json(deepspeed_config)
+    document, _ = read_ds_config(str(deepspeed_config))  # refuses autotuning.enabled, which would end every trial
     _, summary = complete_ds_config(document, cfg, world_size, device_type)
     stage = len(names) - 1 if stage_name is None else names.index(stage_name)
     return Workload(recipe, tuple(overrides), cfg, document, summary, stage, world_size, device_type, window_steps, windows)

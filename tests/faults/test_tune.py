@@ -63,12 +63,12 @@ def test_a_trial_that_something_killed_is_not_taken_for_one_without_memory(tmp_p
 
 @pytest.fixture
 def sweep(shards, tmp_path):
-    """Starts ``train tune`` on two ranks and 4 real trials; whatever it started is gone after the test."""
+    """Starts ``train tune`` on two ranks and 2 real trials; whatever it started is gone after the test."""
     output, started = tmp_path / "out", []
 
     def start():
         command = [sys.executable, "-m", "train", "tune", "--config", "train/recipes/demo.yaml", "--ranks", "2", "--output", str(output)]
-        command += ["--deepspeed_config", "ds_configs/zero1_fp32.json", "--micro-batch", "4,8", "--zero", "1", "--checkpointing", "off,on"]
+        command += ["--deepspeed_config", "ds_configs/zero1_fp32.json", "--micro-batch", "4,8", "--zero", "1", "--checkpointing", "off"]
         command += ["--overlap", "on", "--windows", "1", "--window-steps", "1", "--repeats", "0", f"data.path={shards}"]
         command += ["batch.micro_batch_size=8"]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -111,7 +111,7 @@ def statuses(output):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # seven starts of two ranks
+@pytest.mark.timeout(900)  # five starts of two ranks
 @pytest.mark.fault("Ctrl-C, SIGTERM and SIGKILL of train tune", "no process left; the sweep goes on with what is missing")
 def test_a_sweep_that_is_stopped_leaves_no_process_and_goes_on(sweep):
     start, output = sweep
@@ -137,10 +137,9 @@ def test_a_sweep_that_is_stopped_leaves_no_process_and_goes_on(sweep):
     process.communicate(timeout=LIMIT_S)
     wait_until(lambda: trial_processes(output) == [])  # the ranks miss their launchers
 
-    before = len(statuses(output))
     process = start()
     stdout, stderr = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0, stderr
-    assert f"{4 - before} to measure, 0 refused, {before} known from before" in stdout
-    assert statuses(output) == ["measured"] * 4
+    assert "2 settings: 1 to measure, 0 refused, 1 known from before" in stdout
+    assert statuses(output) == ["measured"] * 2
     assert {path.name for path in output.iterdir()} >= {"results.csv", "best_ds_config.json", "best.txt"}

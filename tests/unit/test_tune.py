@@ -131,6 +131,12 @@ def test_settings_that_training_would_refuse_are_refused_with_its_reason(tried, 
     assert re.match(reason, workload(*overrides).refusal(tried))
 
 
+def test_a_json_that_would_end_every_trial_is_refused_at_once(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps({"zero_optimization": {"stage": 1}, "autotuning": {"enabled": True}}))
+    with pytest.raises(ConfigError, match=r"autotuning\.enabled: true ends a run after a few steps"):
+        workload(ds_config=tmp_path / "x.json")
+
+
 # --- trials
 
 

@@ -77,7 +77,9 @@ def _why(workload: Workload, best: Ranked, others: Sequence[Ranked]) -> Iterator
     if others:
         second = others[0]
         yield f"  runner-up: {second.settings}: {_speed(second.windows, second.median)}, {_gib(second.peak_bytes)}"
-        if second.within_noise_of(best):
+        if min(len(best.windows), len(second.windows)) == 1:
+            yield "  a single window does not tell how much they vary, so neither whether the two are within noise"
+        elif second.within_noise_of(best):
             equal = [best, *(entry for entry in others if entry.within_noise_of(best))]
             smallest = min(equal, key=lambda entry: entry.peak_bytes)
             yield (

@@ -222,6 +222,8 @@ def test_settings_whose_windows_overlap_are_within_noise_and_others_are_not(tmp_
     text = write_best(work, results, tmp_path, ["data.path=d"])
     assert "within noise: the windows of 2 settings overlap" in text
     assert "least memory of these takes micro-batch 32" in text
+    results.add(near, 0, measured(80.0))
+    assert "a single window does not tell how much they vary" in write_best(work, results, tmp_path, [])
     results.add(near, 0, measured(70.0, 80.0))
     assert "that is 46.7% above it, and no two windows of the two overlap" in write_best(work, results, tmp_path, [])  # 110 / 75
 

@@ -31,6 +31,10 @@ says beforehand what a recipe comes to on a number of ranks, see python -m train
 
 rewrites a checkpoint as another number of ranks would have saved it. A run reads those of any number of ranks without it.
 
+  python -m train tune --config R.yaml --deepspeed_config J.json --ranks 8
+
+measures which micro-batch, ZeRO stage, precision, activation checkpointing and overlap_comm are fastest here, see its --help.
+
 SIGTERM or SIGUSR1 to the launcher or to any rank, or the end of the launcher, is a request to stop: while it trains, the run saves a
 checkpoint at the next step and ends; else it ends at once.
 
@@ -42,7 +46,7 @@ then."""
 
 def main() -> None:
     """Parse, check everything that needs no other rank, train, evaluate."""
-    if sys.argv[1:2] in (["plan"], ["reshard"]):
+    if sys.argv[1:2] in (["plan"], ["reshard"], ["tune"]):
         _check_import_path()
         sys.exit(importlib.import_module(f"train.{sys.argv[1]}").main(sys.argv[2:]))
     arguments = _parse_arguments()
@@ -50,9 +54,10 @@ def main() -> None:
     # Heavy imports come after the cheap refusals.
     from data_pipeline.errors import DataError
     from eval.errors import EvalError
+    from train.autotuning import read_ds_config, with_batch_of
     from train.config import load_run_config
     from train.dist import RankError, import_deepspeed, lost_connection, process_group, read_ranks
-    from train.ds_config import load_ds_config
+    from train.ds_config import complete_ds_config
     from train.stop import STOPPED, Stopped, StopRequests
     from train.watchdog import Watchdog
 
@@ -62,7 +67,10 @@ def main() -> None:
     try:
         cfg = load_run_config(arguments.config, arguments.overrides)
         import_deepspeed(ranks.device)
-        ds_config, summary = load_ds_config(arguments.deepspeed_config, cfg, ranks.world_size, ranks.device.type)
+        document, experiment = read_ds_config(arguments.deepspeed_config)
+        if experiment:
+            document, cfg = with_batch_of(document, cfg)
+        ds_config, summary = complete_ds_config(document, cfg, ranks.world_size, ranks.device.type)
     except ValueError as error:  # every rank of a node sees the same; one of them says it
         _stop(str(error) if ranks.local_rank == 0 else None)
     watchdog = Watchdog(cfg.watchdog, ranks, cfg.output / "stacks")
@@ -104,6 +112,9 @@ def _train(cfg, ds_config, summary, ranks, stop, watchdog) -> None:
     except Stopped:
         run.close()
         raise
+    except SystemExit:  # of DeepSpeed's engine, which has measured what its autotuner asked for, on every rank
+        run.close()
+        return
     watchdog.enter("end", run.step)
     ranks.together(lambda: write_summary(run, *evaluate(run)) if ranks.is_first else None)
     run.close()
@@ -112,7 +123,9 @@ def _train(cfg, ds_config, summary, ranks, stop, watchdog) -> None:
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser("train", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="recipe (YAML), see train/recipes/")
-    parser.add_argument("--deepspeed_config", type=Path, required=True, help="DeepSpeed's JSON, see ds_configs/README.md")
+    parser.add_argument(
+        "--deepspeed_config", required=True, help="DeepSpeed's JSON, see ds_configs/README.md; its autotuner gives the content in base64"
+    )
     parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; LOCAL_RANK in the environment is what counts")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe values, e.g. data.path=SHARDS")
     return parser.parse_args()

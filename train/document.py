@@ -152,18 +152,22 @@ def _merge(base: Document, document: Document) -> Document:
 
 def read_json(path: Path) -> Document:
     """Read a JSON object strictly: no comments, no NaN, no repeated key. Raises: ConfigError with file and line."""
-    text = _read_text(path)
+    return parse_json(_read_text(path), str(path))
+
+
+def parse_json(text: str, name: str) -> Document:
+    """:func:`read_json` of a text that is called ``name`` in errors."""
 
     def refuse_constant(constant: str) -> None:
-        raise ConfigError(f"{constant} is not JSON ({path})")
+        raise ConfigError(f"{constant} is not JSON ({name})")
 
     try:
         data = json.loads(text, parse_constant=refuse_constant)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"not JSON: {error.msg} ({path}, line {error.lineno})") from None
+        raise ConfigError(f"not JSON: {error.msg} ({name}, line {error.lineno})") from None
     # Every JSON text is YAML 1.2 once tabs are spaces, so one node walk finds the lines and the repeated keys of both formats.
-    places = _parse_yaml(text.expandtabs(), str(path)).places
-    return _require_mapping(Document(str(path), data, places))
+    places = _parse_yaml(text.expandtabs(), name).places
+    return _require_mapping(Document(name, data, places))
 
 
 def write_yaml(data: dict[str, Any]) -> str:

@@ -37,6 +37,16 @@ UNCHECKED_SECTIONS: dict[str, dict[str, type | tuple[str, ...]]] = {
     "torch_autocast": {"enabled": bool, "dtype": ("bfloat16", "float16"), "lower_precision_safe_modules": list},
     "data_types": {"grad_accum_dtype": ("fp32", "bf16", "fp16"), "keep_in_fp32_modules": list},
     "timers": {"throughput": dict},
+    "autotuning": {
+        **dict.fromkeys(("enabled", "fast", "overwrite"), bool),
+        **dict.fromkeys(("results_dir", "exps_dir", "metric_path", "model_info_path"), str),
+        **dict.fromkeys(("start_profile_step", "end_profile_step", "tuner_early_stopping", "tuner_num_trials", "mp_size"), int),
+        **dict.fromkeys(("max_train_batch_size", "min_train_batch_size", "num_tuning_micro_batch_sizes"), int),
+        **dict.fromkeys(("max_train_micro_batch_size_per_gpu", "min_train_micro_batch_size_per_gpu"), int),
+        **dict.fromkeys(("arg_mappings", "model_info"), dict),
+        "metric": ("latency", "throughput", "flops", "forward", "backward", "step"),
+        "tuner_type": ("gridsearch", "random", "model_based"),
+    },
 }
 
 # Sections that DeepSpeed checks with pydantic models of its own; see _section_models.
@@ -77,13 +87,22 @@ class DeepSpeedSummary:
 def load_ds_config(
     path: Path, run: RunConfig, world_size: int, device_type: Literal["cpu", "cuda"]
 ) -> tuple[dict[str, Any], DeepSpeedSummary]:
-    """Read one of ``ds_configs/*.json`` for this recipe, world size and device.
+    """Read one of ``ds_configs/*.json`` for this recipe, world size and device: :func:`complete_ds_config` of the file.
+
+    Raises: ConfigError, also if the file is not JSON.
+    """
+    return complete_ds_config(read_json(Path(path)), run, world_size, device_type)
+
+
+def complete_ds_config(
+    document: Document, run: RunConfig, world_size: int, device_type: Literal["cpu", "cuda"]
+) -> tuple[dict[str, Any], DeepSpeedSummary]:
+    """Check DeepSpeed's JSON against this recipe, world size and device, and fill in what the recipe owns.
 
     Returns: the dict for ``deepspeed.initialize(config=...)``, complete, without any ``"auto"``; and its summary.
     Raises: ConfigError with one line per problem, naming key, reason, file and line. Combinations are looked at once every key by
     itself is good. Imports deepspeed (seconds) to check the sections with DeepSpeed's own models.
     """
-    document = read_json(Path(path))
     problems = [*_key_problems(document), *_auto_problems(document)]
     if problems:
         raise ConfigError(problems)
@@ -133,7 +152,7 @@ def _type_problems(document: Document, key: Key, value: Any, expected: type | tu
         if value not in expected:
             yield document.problem(key, f"must be one of {', '.join(expected)}, got {show(value)}{did_you_mean(value, expected)}")
     elif type(value) is not expected:
-        words = {bool: "true or false", int: "an integer", list: "a list", dict: "an object"}
+        words = {bool: "true or false", int: "an integer", str: "text", list: "a list", dict: "an object"}
         yield document.problem(key, f"must be {words[expected]}, got {show(value)}")
 
 

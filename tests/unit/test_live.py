@@ -85,7 +85,7 @@ def say_to(screen):
 def test_what_is_said_stays_above_the_view_which_leaves_its_last_line_behind(screen):
     live = LiveView("runs/demo", say_to(screen), screen.descriptor, interval_s=0.01)
     live.step(11, total_steps=16)
-    live.window(record(step=11))
+    live.window(record(step=11, step_seconds={}))
     screen.wait_for(lambda: any("11/16" in line for line in screen.rows()))
     for number in range(40):
         say_to(screen)(f"said {number}")
@@ -134,6 +134,6 @@ def test_a_line_is_logged_for_every_window():
     progress = LogLines(lines.append)
     for step in (1, 2):
         progress.step(step, total_steps=16)
-        progress.window(record(step=step))
+        progress.window(record(step=step, step_seconds={}))
     progress.close()
     assert [line.split("  stable")[0] for line in lines] == ["step  1/16", "step  2/16"]

@@ -28,7 +28,8 @@ def launch_process(
             launcher += ["deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(free_port()), "--module"]
     command = [*launcher, module, *configs, *map(str, arguments)]
     env = {**_ENVIRONMENT, **dict(environment)}
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+    return subprocess.Popen(command, cwd=ROOT, env=env, **options)
 
 
 def launch(*arguments, **options):

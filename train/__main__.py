@@ -8,12 +8,14 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import model
 from train.redact import redact
 
 _UNEXPECTED, _ERROR, _INTERRUPTED = 1, 2, 130
+_COMMANDS = {"plan": "train.plan", "report": "train.report_page", "reshard": "train.reshard", "tune": "train.tune"}
 _DESCRIPTION = """\
 Train a face-recognition backbone through the stages of a recipe.
 
@@ -21,7 +23,7 @@ Train a face-recognition backbone through the stages of a recipe.
       data.path=SHARDS output=RUN [key=value ...]
 
 key=value overrides the recipe, with dots for sections: optimizer.lr=5e-4 stages.0.epochs=2. The run lies in `output`: recipe.yaml,
-metrics.jsonl, summary.json, checkpoints/. Started again, it goes on from its newest complete checkpoint (resume=auto).
+metrics.jsonl, summary.json, report.html, checkpoints/. Started again, it goes on from its newest complete checkpoint (resume=auto).
 
   python -m train plan --config R.yaml --deepspeed_config J.json --world-size 8
 
@@ -35,6 +37,10 @@ rewrites a checkpoint as another number of ranks would have saved it. A run read
 
 measures which micro-batch, ZeRO stage, precision, activation checkpointing and overlap_comm are fastest here, see its --help.
 
+  python -m train report RUN
+
+writes report.html, one page with the curves of a run, complete or not.
+
 SIGTERM or SIGUSR1 to the launcher or to any rank, or the end of the launcher, is a request to stop: while it trains, the run saves a
 checkpoint at the next step and ends; else it ends at once.
 
@@ -46,9 +52,10 @@ then."""
 
 def main() -> None:
     """Parse, check everything that needs no other rank, train, evaluate."""
-    if sys.argv[1:2] in (["plan"], ["reshard"], ["tune"]):
+    command = _COMMANDS.get(sys.argv[1]) if len(sys.argv) > 1 else None
+    if command:
         _check_import_path()
-        sys.exit(importlib.import_module(f"train.{sys.argv[1]}").main(sys.argv[2:]))
+        sys.exit(importlib.import_module(command).main(sys.argv[2:]))
     arguments = _parse_arguments()
     _check_import_path()
     # Heavy imports come after the cheap refusals.
@@ -115,9 +122,22 @@ def _train(cfg, ds_config, summary, ranks, stop, watchdog) -> None:
     except SystemExit:  # of DeepSpeed's engine, which has measured what its autotuner asked for, on every rank
         run.close()
         return
+    run.progress.close()
     watchdog.enter("end", run.step)
     ranks.together(lambda: write_summary(run, *evaluate(run)) if ranks.is_first else None)
+    if ranks.is_first:
+        _report(cfg.output, ranks.say)
     run.close()
+
+
+def _report(output: Path, say: Callable[[str], None]) -> None:
+    """A run that has trained is complete, whatever becomes of its report."""
+    try:
+        from train.report_page import write_report
+
+        say(f"report in {write_report(output)}")
+    except Exception as error:
+        say(f"warning: no report was written ({type(error).__name__}: {error}); python -m train report {output} tries again")
 
 
 def _parse_arguments() -> argparse.Namespace:

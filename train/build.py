@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from train.ema import BackboneEma
 from train.engine import build_engine, build_optimizer, require_compiler
 from train.evaluation import PairVerification
 from train.guard import Guard
+from train.live import LogLines, open_progress
 from train.lock import OutputLock
 from train.metrics import BuildInfo, Metrics
 from train.random_state import seed_rank
@@ -31,6 +33,7 @@ from train.report import announce
 from train.run import Run, head_margin
 from train.stages import StageManager, plan_stages
 from train.stop import Flags, StopRequests
+from train.tensorboard import TensorBoard, require_tensorboard
 from train.timing import PartTimer, RunTime, time_collectives
 from train.watchdog import Watchdog
 from train.window import live_values, peak_flops
@@ -50,6 +53,8 @@ def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks:
         ranks.together(lambda: find_pairs(cfg.eval.images, cfg.eval.pairs) if ranks.is_first else None)
     if cfg.model.compile:
         ranks.together(lambda: require_compiler(ranks.device))
+    if cfg.metrics.tensorboard:
+        ranks.together(lambda: require_tensorboard() if ranks.is_first else None)
     verification = PairVerification(cfg.eval) if cfg.eval else None
     checkpoints = _open_checkpoints(cfg, ds_config, summary, ranks, verification)
     newest = checkpoints.newest()
@@ -105,7 +110,10 @@ def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks:
     guard = Guard(cfg.guard, ranks, cfg.output, summary.precision)
     opening = partial(_open_data, cfg, ranks)
     flags = Flags(ranks)
-    parts = (guard, stages, checkpoints, metrics, timer, run_time, watchdog, verification, lock, stop, flags)
+    progress = open_progress(cfg.metrics.live, str(cfg.output), ranks.say, sys.stdout) if ranks.is_first else LogLines(ranks.say)
+    wanted, taken = cfg.metrics.tensorboard and ranks.is_first, saved.step if saved else 0
+    tensorboard = ranks.together(lambda: TensorBoard(cfg.output / "tensorboard", taken, ranks.say) if wanted else None)
+    parts = (guard, stages, checkpoints, metrics, timer, run_time, watchdog, verification, lock, stop, flags, progress, tensorboard)
     run = Run(cfg, ranks, batches, opening, engine, ema, head, *parts)
     run.peak_flops = peak_flops(cfg, summary.precision, ranks.device)
     if saved:

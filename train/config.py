@@ -276,7 +276,7 @@ class TlsConfig(Section):
 
 
 class MetricsConfig(Section):
-    """The Prometheus exporter and the log."""
+    """The Prometheus exporter, the log, and what else shows a run."""
 
     host: str = "127.0.0.1"  # address to listen on
     port: Annotated[int, Field(ge=0, le=65535)] = 9400  # the exporter of local_rank r listens on port + r; 0: no exporter
@@ -284,6 +284,8 @@ class MetricsConfig(Section):
     log_every: PositiveInt = 10  # optimizer steps per log line
     # 1e12 operations/s of the GPU in the run's precision, for the model utilization; null: its data sheet's, if it is known here.
     peak_tflops: PositiveFloat | None = None
+    live: bool = True  # a live view in place of log lines, where standard output is a terminal
+    tensorboard: bool = False  # the metrics as TensorBoard's scalars too, in output/tensorboard
 
 
 class WatchdogConfig(Section):

@@ -85,6 +85,10 @@ class Metrics:
             except OSError as error:
                 self.problem = f"{self._path}: cannot be written ({error.strerror}); make that possible, and start again"
 
+    def collect(self) -> Iterable[Metric]:
+        """The present values, as Prometheus would be given them."""
+        return self._exported.collect()
+
     def require_written(self) -> None:
         """Raises OSError unless the file holds every record."""
         if self.problem:

@@ -7,15 +7,15 @@ import socket
 from typing import TYPE_CHECKING
 
 from data_pipeline.output import replace_file
-from train.ds_config import DeepSpeedSummary
-from train.metric_table import StepRecord
 from train.metrics import TARGETS, targets, url
 from train.redact import redact
-from train.stages import Stage
 
 if TYPE_CHECKING:
     from eval.pairs import PairReport
+    from train.ds_config import DeepSpeedSummary
+    from train.metric_table import StepRecord
     from train.run import Run
+    from train.stages import Stage
 
 SUMMARY = "summary.json"  # in the output of a run that is complete, and of no other
 

@@ -21,12 +21,14 @@ from train.ema import BackboneEma
 from train.engine import set_batch, set_learning_rate
 from train.evaluation import PairVerification
 from train.guard import APPLIED, Guard
+from train.live import Progress
 from train.lock import OutputLock
 from train.metrics import TARGETS, Metrics
 from train.replicas import replicas, require_equal
-from train.report import progress_line, stage_line
+from train.report import stage_line
 from train.stages import Stage, StageLosses, StageManager
 from train.stop import Flags, Stopped, StopRequests
+from train.tensorboard import TensorBoard
 from train.timing import PartTimer, RunTime
 from train.watchdog import Watchdog
 from train.window import Published, Window, step_record
@@ -54,6 +56,8 @@ class Run:
     lock: OutputLock | None  # of the output, on rank 0
     stop: StopRequests
     flags: Flags
+    progress: Progress
+    tensorboard: TensorBoard | None  # on rank 0, with metrics.tensorboard
     losses: StageLosses = field(default_factory=StageLosses)
     step: int = 0  # completed optimizer steps
     window: Window = field(default_factory=Window)
@@ -140,6 +144,7 @@ class Run:
         if outcome == APPLIED:
             self.losses.record(stage.name, loss)
             self.stages.observe(measured[2])
+        self.progress.step(self.step, self.stages.total_steps)
         if self._log_due(self.step):
             self._publish(lr, float(self.engine.get_global_grad_norm()) if outcome == APPLIED else math.nan)
 
@@ -151,7 +156,9 @@ class Run:
         self.images_trained += record.images
         self.seconds_trained += record.images / record.images_per_second
         self.metrics.record_step(record)
-        self.ranks.say(progress_line(record, self.stages.total_steps))
+        self.progress.window(record)
+        if self.tensorboard:
+            self.tensorboard.record(self.step, self.metrics.collect())
         self.window = Window()
         self.guard.after_window(record.loss, record.epoch - self.stages.warmup_epochs)
 
@@ -198,6 +205,8 @@ class Run:
         if not self._reads_for(self.stages.stage):
             raise RankError(f"cannot roll back to {newest}: its stage had another batch, and its images begin anew; start again from it")
         self._restore(saved)
+        if self.tensorboard:
+            self.tensorboard.go_back(saved.step)
         self.ranks.say(f"{self.guard.rolled_back(saved.run_state['guard'])}, to {newest}; the next images follow")
         self.window = Window()
         self.enter_stage()
@@ -246,6 +255,9 @@ class Run:
         self.saved_step, self.checkpoints.last = saved.step, saved.folder
 
     def close(self) -> None:
+        self.progress.close()
+        if self.tensorboard:
+            self.tensorboard.close()
         self.flags.close()
         self.checkpoints.close()
         self.metrics.close()

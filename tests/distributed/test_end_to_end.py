@@ -93,6 +93,8 @@ def test_faces_become_a_verified_model_and_every_rank_serves_metrics(tmp_path):
     assert summary["images_per_second"] > 0
     assert "ETA" in output
     assert "stage stable" in output
+    assert f"report in {run / 'report.html'}" in output
+    assert (run / "report.html").read_text().count("data:image/png;base64,") == 2 * len(list((run / "curves").glob("*.png"))) > 0
     for text in ("throughput", "early", "stable", "accuracy", f"http://127.0.0.1:{port}/metrics", summary["checkpoint"]):
         assert text in output.split("done")[-1]
     # The same model by the evaluation command: the same accuracy. 60 steps teach little, so only that it is no constant is checked.

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.events import scalars
 from tests.launch import errors
 from tests.ranks import run_ranks
 from tests.training import check_same_run, losses, train_on_rank, write_recipe
@@ -42,7 +43,9 @@ def said(output):
 @pytest.mark.fault("infinite pixels for three steps, guard.then=rollback", "back to the checkpoint before, on with other images")
 def test_a_run_goes_back_to_the_checkpoint_before_the_trouble_and_on_with_other_images(shards, tmp_path):
     """Checkpoints at steps 3, 4, 6; the images of steps 5 to 7 are bad, so step 8 follows on the state of step 4, as step 5."""
-    recipe = write_recipe(tmp_path / "recipe.yaml", shards, tmp_path / "run", guard={"max_skipped": 3, "then": "rollback"})
+    metrics = {"port": 0, "log_every": 1, "tensorboard": True}
+    guard = {"max_skipped": 3, "then": "rollback"}
+    recipe = write_recipe(tmp_path / "recipe.yaml", shards, tmp_path / "run", guard=guard, metrics=metrics)
     assert run_ranks(2, train_poisoned, recipe, [5, 6, 7]) == [8, 8]
     skipped = said(tmp_path / "run")
     assert [(line["step"], line["ranks"]) for line in skipped] == [(5, [1]), (6, [1]), (7, [1])]
@@ -55,6 +58,7 @@ def test_a_run_goes_back_to_the_checkpoint_before_the_trouble_and_on_with_other_
     kept = sorted(int(path.name[5:]) for path in (tmp_path / "run/checkpoints").glob("step_*"))
     assert kept == [3, 4, 6, 8]
     assert all(math.isfinite(loss) for loss in losses(tmp_path / "run").values())  # the last word on each step
+    assert list(scalars(tmp_path / "run/tensorboard")["lvface_step"]) == list(range(1, 9))  # that alone
 
 
 @pytest.mark.fault("infinite pixels for ever, guard.then=rollback", "stopped after max_rollbacks, rank named")

@@ -141,7 +141,12 @@ def test_a_json_that_would_end_every_trial_is_refused_at_once(tmp_path):
 
 
 def window(seconds, images=512, steps=4, skipped=0):
-    return {"images": images, "steps": steps, "outcomes": {"applied": steps - skipped}, "step_seconds": {"total": seconds} if seconds else {}}
+    return {
+        "images": images,
+        "steps": steps,
+        "outcomes": {"applied": steps - skipped},
+        "step_seconds": {"total": seconds} if seconds else {},
+    }
 
 
 @pytest.mark.parametrize(

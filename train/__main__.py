@@ -27,6 +27,10 @@ metrics.jsonl, summary.json, checkpoints/. Started again, it goes on from its ne
 
 says beforehand what a recipe comes to on a number of ranks, see python -m train plan --help.
 
+  python -m train doctor
+
+checks a machine before it trains, and under a launcher its ranks together, see python -m train doctor --help.
+
   python -m train reshard RUN NEW_RUN --world-size 32
 
 rewrites a checkpoint as another number of ranks would have saved it. A run reads those of any number of ranks without it.
@@ -42,9 +46,10 @@ then."""
 
 def main() -> None:
     """Parse, check everything that needs no other rank, train, evaluate."""
-    if sys.argv[1:2] in (["plan"], ["reshard"]):
+    command = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]  # which DeepSpeed's launcher puts first
+    if command[:1] in (["plan"], ["reshard"], ["doctor"]):
         _check_import_path()
-        sys.exit(importlib.import_module(f"train.{sys.argv[1]}").main(sys.argv[2:]))
+        sys.exit(importlib.import_module(f"train.{command[0]}").main(command[1:]))
     arguments = _parse_arguments()
     _check_import_path()
     # Heavy imports come after the cheap refusals.

@@ -63,7 +63,10 @@ class Report:
 
 def main(argv: Sequence[str]) -> int:
     """Exit codes: 0 no problem, 2 a problem on any rank."""
-    arguments = _parser().parse_intermixed_args(argv)
+    parser = _parser()
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.config is None and (arguments.deepspeed_config or arguments.overrides):
+        parser.error("--deepspeed_config and key=value need --config: without a recipe nothing would look at them")
     begin = time.monotonic()
     # Until torch is known to be there, the environment is all that tells ranks apart.
     first_here, first = (os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "RANK"))

@@ -358,6 +358,13 @@ def test_a_recipe_that_does_not_fit_the_json_is_a_problem(cfg, tmp_path):
     assert "problem  data           data.path: gone is not there" in result.stdout
 
 
+@pytest.mark.parametrize("argument", ["data.path=SHARDS", "--deepspeed_config=ds_configs/zero1_bf16.json"])
+def test_what_only_a_recipe_gives_a_meaning_is_refused_without_one(argument):
+    result = run(argument)
+    assert result.returncode == 2
+    assert "need --config" in result.stderr
+
+
 def test_ranks_that_do_not_come_are_a_problem_within_the_timeout(tmp_path):
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     result = run(*QUICK, "--folder", tmp_path, "--timeout-s", 2, MASTER_PORT=str(free_port()), **place)

@@ -15,7 +15,13 @@ import model
 from train.redact import redact
 
 _UNEXPECTED, _ERROR, _INTERRUPTED = 1, 2, 130
-_COMMANDS = {"plan": "train.plan", "report": "train.report_page", "reshard": "train.reshard", "tune": "train.tune"}
+_COMMANDS = {
+    "doctor": "train.doctor",
+    "plan": "train.plan",
+    "report": "train.report_page",
+    "reshard": "train.reshard",
+    "tune": "train.tune",
+}
 _DESCRIPTION = """\
 Train a face-recognition backbone through the stages of a recipe.
 
@@ -28,6 +34,10 @@ metrics.jsonl, summary.json, report.html, checkpoints/. Started again, it goes o
   python -m train plan --config R.yaml --deepspeed_config J.json --world-size 8
 
 says beforehand what a recipe comes to on a number of ranks, see python -m train plan --help.
+
+  python -m train doctor
+
+checks a machine before it trains, and under a launcher its ranks together, see python -m train doctor --help.
 
   python -m train reshard RUN NEW_RUN --world-size 32
 
@@ -52,10 +62,10 @@ then."""
 
 def main() -> None:
     """Parse, check everything that needs no other rank, train, evaluate."""
-    command = _COMMANDS.get(sys.argv[1]) if len(sys.argv) > 1 else None
-    if command:
+    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]  # which the launcher puts first
+    if words and words[0] in _COMMANDS:
         _check_import_path()
-        sys.exit(importlib.import_module(command).main(sys.argv[2:]))
+        sys.exit(importlib.import_module(_COMMANDS[words[0]]).main(words[1:]))
     arguments = _parse_arguments()
     _check_import_path()
     # Heavy imports come after the cheap refusals.

@@ -73,6 +73,7 @@ _ZERO_0 = {
     "fp16": "unscales a loss that was never scaled, so gradients arrive 2^16 times too small",
 }
 
+_OTHER_OPTIMIZER = "makes DeepSpeed exchange ZeRO's optimizer for BF16_Optimizer, whose state cannot be saved here"
 _NO_COMPILER = "needs an op that DeepSpeed compiles at start; this stack uses none"
 
 
@@ -231,9 +232,11 @@ def _judge(data: dict[str, Any], sections: dict[str, Any], run: RunConfig, devic
         )
     precision = "fp16" if fp16.enabled else "bf16" if bf16.enabled else "bf16_autocast" if autocast.get("enabled") else "fp32"
 
-    accumulate = data.get("data_types", {}).get("grad_accum_dtype", "fp32")
-    mixed = accumulate not in ("fp32", precision)
+    accumulate = data.get("data_types", {}).get("grad_accum_dtype")  # None: the precision of the weights
+    mixed = accumulate not in (None, "fp32", precision)
     refuse(mixed, "data_types.grad_accum_dtype", f"must be fp32 or the precision ({precision}), got {accumulate}")
+    other = precision == "bf16" and accumulate == "fp32" and zero.stage == 1 and not _offloads(zero.offload_optimizer)
+    refuse(other, "data_types.grad_accum_dtype", f"fp32 with bf16 and ZeRO 1 {_OTHER_OPTIMIZER}; use stage 2 or 3")
 
     refuse(zero.stage == 0, "zero_optimization.stage", f"ZeRO 0 with {precision} {_ZERO_0[precision]}; use stage 1, 2 or 3")
     hooks = "3 gathers each layer's weights in a hook, where torch.compile breaks its graph: nothing fuses; use 1 or 2"

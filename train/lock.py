@@ -100,6 +100,27 @@ class OutputLock:
         self._file.flush()
 
 
+def writer_of(output: Path) -> str | None:
+    """Who writes to ``output`` now, as far as can be told from here; None if nobody does. Nothing is created or taken.
+
+    Where the file system has no locks, a process of another host counts as alive.
+    """
+    try:
+        file = (output / FILE_NAME).open(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    with file:
+        owner = Owner.parse(file.read())
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back when the file is closed
+            return None
+        except BlockingIOError:
+            return str(owner or "its process is not named yet")
+        except OSError:
+            alive = owner and (owner.host != socket.gethostname() or owner.start_ticks == _start_ticks(owner.pid))
+            return str(owner) if alive else None
+
+
 def _refusal(output: Path, owner: Owner | None) -> str:
     who = f" ({owner})" if owner else ""  # it has locked the file and not written yet
     return f"{output}: another run is writing here{who}; end it first, or choose another output"

@@ -2,12 +2,13 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from train.config import ConfigError, RunConfig
-from train.ds_config import DeepSpeedSummary, load_ds_config
+from train.ds_config import REFUSED, DeepSpeedSummary, load_ds_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 OWNED = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "gradient_clipping")
@@ -48,6 +49,21 @@ def test_every_shipped_config_is_in_the_table_of_the_readme():
     readme = (CONFIGS[0].parent / "README.md").read_text()
     listed = re.findall(r"^\| `(\w+\.json)` \|", readme, flags=re.MULTILINE)
     assert sorted(listed) == [path.name for path in CONFIGS]
+
+
+def keys(value: object) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield key
+            yield from keys(inner)
+
+
+def test_the_readme_explains_every_key_of_the_shipped_configs_and_every_refused_one():
+    readme = (CONFIGS[0].parent / "README.md").read_text()
+    shipped = {key for path in CONFIGS for key in keys(json.loads(path.read_text()))} - set(OWNED) - {"enabled", "zero_optimization"}
+    explained = "".join(re.findall(r"^\| (`.*?) \|", readme, flags=re.MULTILINE))
+    assert [key for key in sorted({*shipped, *REFUSED}) if f"`{key}" not in explained and f".{key}`" not in explained] == []
+    assert [key for key in OWNED if f"`{key}`" not in readme] == []
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -179,6 +195,10 @@ AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
             "data_types.grad_accum_dtype: must be fp32 or the precision (bf16)",
         ),
         (
+            {**ZERO_1, **BF16, "data_types": {"grad_accum_dtype": "fp32"}},
+            "data_types.grad_accum_dtype: fp32 with bf16 and ZeRO 1 makes DeepSpeed exchange ZeRO's optimizer",
+        ),
+        (
             {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
             "zero_optimization.offload_param.device: nvme needs an op",
         ),
@@ -188,6 +208,11 @@ AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
 def test_combinations_that_train_badly_are_refused_with_the_reason(refusal, content, expected):
     (line,) = refusal(content)
     assert line.startswith(expected)
+
+
+@pytest.mark.parametrize("content", [{**ZERO_1, **FP16}, {"zero_optimization": {"stage": 2}, **BF16}, ZERO_1])
+def test_gradients_may_be_accumulated_in_float32_elsewhere(tmp_path, content):
+    load(tmp_path / "x.json", {**content, "data_types": {"grad_accum_dtype": "fp32"}})
 
 
 def test_fp16_is_refused_on_a_cpu(refusal):

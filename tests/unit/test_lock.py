@@ -13,7 +13,7 @@ import sys
 import pytest
 
 from tests.training import ROOT
-from train.lock import LockError, OutputLock, Owner
+from train.lock import LockError, OutputLock, Owner, writer_of
 
 HOLD = "import sys, time; from pathlib import Path; from train.lock import OutputLock; \
 lock = OutputLock(Path(sys.argv[1]), print); print('locked', flush=True); time.sleep(100)"
@@ -118,3 +118,24 @@ def test_an_owner_that_has_not_written_its_name_yet_still_has_the_lock(tmp_path,
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(LockError, match=r"another run is writing here; end it first"):
             OutputLock(tmp_path, said.append)
+
+
+def test_the_writer_of_an_output_is_told_without_taking_its_place(file_system, holder, tmp_path):
+    content = (tmp_path / ".lock").read_text()
+    assert writer_of(tmp_path).startswith(f"pid {holder.pid} on {socket.gethostname()} since ")
+    assert (tmp_path / ".lock").read_text() == content
+    holder.kill()
+    holder.wait()
+    assert writer_of(tmp_path) is None
+    assert writer_of(tmp_path / "elsewhere") is None
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_without_locks_a_process_of_another_host_counts_as_a_writer(monkeypatch, tmp_path):
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    owner = write_owner(tmp_path, host="another")
+    assert writer_of(tmp_path) is None  # the kernel knows of no lock
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert writer_of(tmp_path) == str(owner)

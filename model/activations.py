@@ -61,7 +61,9 @@ def activations(
     unit = b * kept * width * weight_bytes
     full = b * N * width * weight_bytes
     statistics = 2 * _FLOAT32 * b * kept  # mean and deviation of a LayerNorm
-    log_sums = _FLOAT32 * b * preset.heads * (-(-kept // 32) * 32 if weight_bytes == _FLOAT32 else kept)  # of attention; flash has no padding
+    log_sums = (
+        _FLOAT32 * b * preset.heads * (-(-kept // 32) * 32 if weight_bytes == _FLOAT32 else kept)
+    )  # of attention; flash has no padding
     one_block = (_BLOCK_UNITS - 1) * unit + 2 * statistics + log_sums
     patch = 3 * preset.patch_size**2
     return Activations(

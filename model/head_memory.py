@@ -23,6 +23,7 @@ class HeadShape:
     num_classes: int  # C over all ranks
     world_size: int
     micro_batch_size: int  # b
+    rank: int = 0  # rank 0 owns as many classes as any
     grad_accum_steps: int = 1
     sample_rate: float = 1.0
     centers: str = "learned"
@@ -36,8 +37,8 @@ class HeadShape:
 
     @property
     def classes(self) -> int:
-        """c of rank 0, which owns as many as any."""
-        return len(ClassShard(self.num_classes, 0, self.world_size))
+        """c."""
+        return len(ClassShard(self.num_classes, self.rank, self.world_size))
 
     @property
     def global_micro_batch(self) -> int:
@@ -95,7 +96,7 @@ class HeadMemory:
 
 
 def head_memory(shape: HeadShape) -> HeadMemory:
-    """All of it, on rank 0, for one stage."""
+    """All of it, for one stage of a run."""
     D, c, S, b, B = shape.embedding_size, shape.classes, shape.scored, shape.micro_batch_size, shape.global_micro_batch
     row, several, learned = _FLOAT32 * D, shape.world_size > 1, shape.centers != "replace"
     sampled = shape.sample_rate < 1.0
@@ -144,5 +145,6 @@ def head_memory(shape: HeadShape) -> HeadMemory:
         pending=earlier_gradient + one + owned * shape.grad_accum_steps + row * b,
         adding=united,
         earlier=earlier_gradient + owned * (shape.grad_accum_steps - 1),
-        stepping=total * (shape.grad_accum_steps > 1) + row * (copies * step_rows if shape.optimizer == "row_sparse" else c * sampled * learned),
+        stepping=total * (shape.grad_accum_steps > 1)
+        + row * (copies * step_rows if shape.optimizer == "row_sparse" else c * sampled * learned),
     )

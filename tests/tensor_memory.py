@@ -27,6 +27,8 @@ from model.partial_fc import PartialFC, _Loss
 class TensorMemory(TorchDispatchMode):
     """Counts the storages that live while it is entered, and the highest sum of them, in bytes.
 
+    What a rank sends is counted too, as a ring would send it.
+
     A storage counts from the first operation that returns or takes it. Views share theirs. What a kernel allocates within itself is
     no tensor and is not seen.
     """
@@ -35,18 +37,26 @@ class TensorMemory(TorchDispatchMode):
         """``device_type``: what counts, ``cpu`` or ``meta``; ``existing``: tensors that live already, in any nesting."""
         super().__init__()
         self._device_type = device_type
-        self.live = self.peak = 0
+        self.live = self.peak = self.sent = 0
         self._known: dict[int, weakref.ref] = {}
         self._note(existing)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         self._note((args, kwargs, result))
+        self._count_sent(function.name(), args)
         return result
 
+    def _count_sent(self, name: str, args) -> None:
+        """Of reductions to all, twice the tensor; of gathers, and of reductions that scatter, once the larger of their tensors."""
+        rounds = 2 if "allreduce" in name else 1 if "allgather" in name or "reduce_scatter" in name else 0
+        if name.startswith("c10d::") and rounds:
+            tensors = [sum(t.nbytes for t in tree_leaves(nested) if isinstance(t, torch.Tensor)) for nested in args[:2]]
+            self.sent += rounds * max(tensors)
+
     def restart(self) -> None:
-        """Forget the peak."""
-        self.peak = self.live
+        """Forget the peak, and what was sent."""
+        self.peak, self.sent = self.live, 0
 
     def _note(self, nested) -> None:
         for tensor in tree_leaves(nested):
@@ -106,19 +116,19 @@ def step_on_meta(name: str, b: int, dtype: torch.dtype, **model_arguments) -> tu
     return live, memory.peak
 
 
-class ShapesOfCollectives(Collectives):
-    """The results of ``world_size`` ranks' collectives by shape alone."""
+class AloneOf(Collectives):
+    """Collectives of ``world_size`` ranks that all have the same tensors as this one, which is alone."""
 
     def __init__(self, world_size: int) -> None:
         super().__init__(None)
         self.world_size = world_size
 
     def gather(self, x: Tensor) -> Started:
-        out = x if self.world_size == 1 else x.new_empty(len(x) * self.world_size, *x.shape[1:])
+        out = x if self.world_size == 1 else x.repeat(self.world_size, *(1 for _ in x.shape[1:]))
         return lambda: out
 
     def scatter_sum(self, x: Tensor) -> Started:
-        out = x if self.world_size == 1 else x.new_empty(len(x) // self.world_size, *x.shape[1:])
+        out = x if self.world_size == 1 else x[: len(x) // self.world_size].clone()
         return lambda: out
 
     def _reduce(self, x: Tensor, op) -> Started:
@@ -141,7 +151,7 @@ def head_on_meta(shape: HeadShape, **head_arguments) -> tuple[int, int, int]:
             **head_arguments,
         )
         head.set_stage(shape.sample_rate, shape.centers, shape.update_expectation)
-        head._ranks = ShapesOfCollectives(shape.world_size)
+        head._ranks = AloneOf(shape.world_size)
         head._products = Products({2: torch.bfloat16, 4: torch.float32}[shape.product_bytes], torch.device("cuda"))
         b, B, S = shape.micro_batch_size, shape.global_micro_batch, shape.scored
         embeddings = torch.empty(b, shape.embedding_size, requires_grad=True)

@@ -36,7 +36,8 @@ class ZeroSettings:
     weight_bytes: int  # of a weight in forward and backward
     accumulate_bytes: int  # of a gradient that is kept
     bucket_elements: int
-    buckets: int  # two if reduction overlaps with backward
+    buckets: int  # two where ZeRO 1 and 2 reduce while backward goes on
+    overlaps: bool  # whether they, or ZeRO 3, do
     max_live_parameters: int  # ZeRO 3: gathered weights are released beyond it
     prefetch_elements: int  # ZeRO 3
     persistence_threshold: int  # ZeRO 3: smaller parameters are never partitioned
@@ -61,6 +62,7 @@ class ZeroSettings:
             4 if in_float32 else weight_bytes,
             int(zero.reduce_bucket_size),
             2 if zero.overlap_comm and zero.stage < 3 else 1,
+            bool(zero.overlap_comm),
             int(zero.max_live_parameters),
             int(zero.prefetch_bucket_size),
             int(zero.param_persistence_threshold),
@@ -80,6 +82,7 @@ class Backbone:
 
     @classmethod
     def of(cls, cfg: RunConfig) -> Backbone:
+        """Of the recipe's backbone; no memory is allocated."""
         with torch.device("meta"):
             net = build_vit(cfg.model.name, embedding_size=cfg.model.embedding_size)
         groups = tuple(tuple(parameter.numel() for parameter in group["params"]) for group in parameter_groups(net, cfg.optimizer))
@@ -133,7 +136,9 @@ class RankMemory:
         return RESERVE_BYTES + round(self.peak.total * (1 + RESERVE_SHARE))
 
 
-def stage_memory(cfg: RunConfig, zero: ZeroSettings, num_classes: int, world_size: int, stage: int, *, micro_batch_size: int | None = None) -> RankMemory:
+def stage_memory(
+    cfg: RunConfig, zero: ZeroSettings, num_classes: int, world_size: int, stage: int, *, micro_batch_size: int | None = None
+) -> RankMemory:
     """Of stage ``stage`` of the recipe. ``micro_batch_size``: another than the recipe's, with its accumulation."""
     shape = head_shape(cfg, zero, num_classes, world_size, stage, micro_batch_size)
     model = cfg.model
@@ -162,16 +167,16 @@ def head_shape(
         num_classes,
         world_size,
         micro_batch_size or batch.micro_batch_size,
-        batch.accumulation(world_size),
-        config.sample_rate,
-        config.centers,
-        config.update_expectation,
-        head.optimizer,
-        2 if low else 4,
-        head.chunk_rows or CHUNK_ROWS["cuda"],
-        curricular,
-        head.loss == "uniface",
-        head.interclass_filter is not None or needs_shift(head.scale, curricular, num_classes),
+        grad_accum_steps=batch.accumulation(world_size),
+        sample_rate=config.sample_rate,
+        centers=config.centers,
+        update_expectation=config.update_expectation,
+        optimizer=head.optimizer,
+        product_bytes=2 if low else 4,
+        chunk_rows=head.chunk_rows or CHUNK_ROWS["cuda"],
+        curricular=curricular,
+        uniface=head.loss == "uniface",
+        logits_in_float32=head.interclass_filter is not None or needs_shift(head.scale, curricular, num_classes),
     )
 
 
@@ -218,7 +223,8 @@ def _phases(states: _States, acts: Activations, head: HeadMemory, shape: HeadSha
         "class centers": head.weight,
         "their moments": head.moments + head.step_counts,
         "expectations": head.expectation + head.remembered,
-        "images": acts.images + _LOADED_BATCHES * shape.micro_batch_size * 3 * IMAGE_SIZE**2,
+        "images": acts.images,
+        "decoded images": _LOADED_BATCHES * shape.micro_batch_size * 3 * IMAGE_SIZE**2,
     }
     earlier = {"buckets": states.buckets * states.always_buckets, "gradients": states.earlier_gradients}
     gathering = states.gathered + 2 * states.s * states.largest if states.gathered else 0

@@ -1,8 +1,8 @@
 """Bytes that the backbone holds on a GPU from forward to backward, worked out layer by layer.
 
-They follow :mod:`model.vit` as it runs on a GPU: attention is flash (16 bits) or memory-efficient (float32) and keeps no [n, n] matrix. (On a CPU bfloat16
-products make float32 copies on the way, and more lives for a moment than is said here.) A ``unit`` below is one tensor [b, n, width] in the
-dtype of the weights; n tokens go through the blocks, N through the layers around them.
+They follow :mod:`model.vit` as it runs on a GPU: attention is flash (16 bits) or memory-efficient (float32) and keeps no [n, n] matrix. (On
+a CPU bfloat16 products make float32 copies on the way, and more lives for a moment than is said here.) A ``unit`` below is one tensor
+[b, n, width] in the dtype of the weights; n tokens go through the blocks, N through the layers around them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Activations:
         return self.patches + self.dropping + self.block_inputs + self.feature + (0 if self.activation_checkpointing else self.block_inner)
 
     def in_backward(self, blocks_left: int, depth: int) -> int:
-        """Peak within the backward of the last of ``blocks_left`` blocks, that block recomputed if need be; of what comes before them at 0."""
+        """Peak within the backward of the last of ``blocks_left`` blocks, recomputed if need be; at 0, of what comes before all blocks."""
         if not blocks_left:
             return self.patches + self.dropping + self.input_gradient
         inner = self.one_block if self.activation_checkpointing else self.one_block * blocks_left

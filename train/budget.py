@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,9 +76,9 @@ def plan_budget(
     stages = []
     for index, stage in enumerate(cfg.stages):
         head = head_shape(cfg, zero, num_classes, world_size, index)
-        speed = gpu and stage_speed(cfg, zero, precision, head, gpu, network, overlap=zero.overlaps)
+        speed = gpu and stage_speed(cfg, backbone, zero, precision, head, gpu, network)
         days = speed and steps[index] * speed.step_s / _DAY
-        memory = stage_memory(cfg, zero, num_classes, world_size, index)
+        memory = stage_memory(cfg, backbone, zero, num_classes, world_size, index)
         stages.append(StageBudget(stage.name, memory, step_traffic(backbone, zero, head), speed, days))
     return Budget(tuple(stages), tuple(_warnings(cfg, zero, precision, world_size, stages, gpu)))
 
@@ -94,7 +95,10 @@ def _warnings(
         decoded = cfg.data.num_threads * IMAGES_PER_CORE
         on_rank = stage.speed and stage.speed.images_per_second / world_size
         if on_rank and cfg.data.decode.device == "cpu" and on_rank > decoded:
-            yield f"stage {stage.name} may wait for data: {on_rank:,.0f} images/s a rank, {cfg.data.num_threads} cores decode about {decoded:,}"
+            yield (
+                f"stage {stage.name} may wait for data: {on_rank:,.0f} images/s a rank, and {cfg.data.num_threads} cores decode about "
+                f"{decoded:,}; set data.num_threads={math.ceil(on_rank / IMAGES_PER_CORE)}"
+            )
         if cfg.stage_batch(index).micro_batch_size < 16:
             yield f"stage {stage.name}: BatchNorm's statistics over {cfg.stage_batch(index).micro_batch_size} images a rank are noisy"
     if precision == "bf16_autocast":
@@ -139,8 +143,9 @@ def describe_budget(budget: Budget, network: float) -> str:
         lines += ["", f"Estimated, not measured, on {budget.stages[0].speed.gpu}:", "", *table(rows), ""]
         lines.append(f"in all: {budget.days:.2f} days")
         lines.append(
-            f"It rests on data sheets and assumptions: products at {PRODUCT_EFFICIENCY:.0%} of the rate, memory at {MEMORY_EFFICIENCY:.0%} of the "
-            f"bandwidth,\nlinks at {LINK_EFFICIENCY:.0%}, {network / 1e9:g} GB/s between nodes for each GPU (--network). Stalls of any other kind are not in it."
+            f"It rests on data sheets and assumptions: products at {PRODUCT_EFFICIENCY:.0%} of the rate, memory at "
+            f"{MEMORY_EFFICIENCY:.0%} of the bandwidth,\nlinks at {LINK_EFFICIENCY:.0%}, {network / 1e9:g} GB/s between nodes for each GPU "
+            "(--network). Stalls of any other kind are not in it."
         )
     lines += [f"warning: {text}" for text in budget.warnings]
     return "\n".join(lines)
@@ -173,7 +178,7 @@ class Fit:
 
 def fit_all(cfg: RunConfig, configs: Sequence[Path], num_classes: int, world_size: int) -> list[Fit]:
     """Every DeepSpeed config against :data:`CARDS_GIB`."""
-    fits = []
+    fits, backbone = [], Backbone.of(cfg)
     for path in configs:
         try:
             config, summary = load_ds_config(path, cfg, world_size, "cuda")
@@ -181,18 +186,20 @@ def fit_all(cfg: RunConfig, configs: Sequence[Path], num_classes: int, world_siz
             fits.append(Fit(path.name, 0, {}, str(error).splitlines()[0]))
             continue
         zero = ZeroSettings.of(config, summary.precision)
-        needed = max(stage_memory(cfg, zero, num_classes, world_size, index).needed for index in range(len(cfg.stages)))
-        largest = {card: largest_micro_batch(cfg, zero, num_classes, world_size, card * _GIB) for card in CARDS_GIB}
+        needed = max(stage_memory(cfg, backbone, zero, num_classes, world_size, index).needed for index in range(len(cfg.stages)))
+        largest = {card: largest_micro_batch(cfg, backbone, zero, num_classes, world_size, card * _GIB) for card in CARDS_GIB}
         fits.append(Fit(path.name, needed, largest))
     return fits
 
 
-def largest_micro_batch(cfg: RunConfig, zero: ZeroSettings, num_classes: int, world_size: int, memory_bytes: int) -> int | None:
+def largest_micro_batch(
+    cfg: RunConfig, backbone: Backbone, zero: ZeroSettings, num_classes: int, world_size: int, memory_bytes: int
+) -> int | None:
     """The largest that fits in every stage, with the recipe's accumulation; None if 2 images don't."""
 
     def fits(size: int) -> bool:
         return all(
-            stage_memory(cfg, zero, num_classes, world_size, index, micro_batch_size=size).needed <= memory_bytes
+            stage_memory(cfg, backbone, zero, num_classes, world_size, index, micro_batch_size=size).needed <= memory_bytes
             for index in range(len(cfg.stages))
         )
 

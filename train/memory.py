@@ -89,12 +89,12 @@ class Backbone:
         sizes = [size for group in groups for size in group]
         return cls(sum(sizes), max(sizes), _numel(net.blocks[0]), groups)
 
-    def touched(self, world_size: int) -> int:
-        """Elements of all parameters of which a rank owns a part, on the rank where they are most.
+    def touched(self, world_size: int) -> list[int]:
+        """Elements of all parameters of which a rank owns a part, for every rank.
 
         ZeRO 1 and 2 copy a gradient whole, however small the part. The ranks that share the large weight of the embedding layer pay for it.
         """
-        return max(sum(owned) for owned in zip(*(self._touched(group, world_size) for group in self.groups), strict=True))
+        return [sum(owned) for owned in zip(*(self._touched(group, world_size) for group in self.groups), strict=True)]
 
     @staticmethod
     def _touched(group: tuple[int, ...], world_size: int) -> list[int]:
@@ -137,7 +137,14 @@ class RankMemory:
 
 
 def stage_memory(
-    cfg: RunConfig, zero: ZeroSettings, num_classes: int, world_size: int, stage: int, *, micro_batch_size: int | None = None
+    cfg: RunConfig,
+    backbone: Backbone,
+    zero: ZeroSettings,
+    num_classes: int,
+    world_size: int,
+    stage: int,
+    *,
+    micro_batch_size: int | None = None,
 ) -> RankMemory:
     """Of stage ``stage`` of the recipe. ``micro_batch_size``: another than the recipe's, with its accumulation."""
     shape = head_shape(cfg, zero, num_classes, world_size, stage, micro_batch_size)
@@ -150,7 +157,7 @@ def stage_memory(
         embedding_size=model.embedding_size,
         activation_checkpointing=model.activation_checkpointing,
     )
-    states = _States(Backbone.of(cfg), zero, world_size, shape.grad_accum_steps, model.ema_decay is not None)
+    states = _States(backbone, zero, world_size, shape.grad_accum_steps, model.ema_decay is not None)
     return RankMemory(tuple(_phases(states, acts, head_memory(shape), shape, PRESETS[model.name].depth)))
 
 
@@ -200,7 +207,7 @@ class _States:
         bucket_bytes = zero.accumulate_bytes if zero.stage == 1 else s
         self.buckets = bucket_bytes * zero.bucket_elements * zero.buckets
         accumulating = grad_accum_steps > 1
-        touched = backbone.touched(world_size)
+        touched = max(backbone.touched(world_size))
         if partitioned:
             self.own_gradients = 0 if zero.optimizer_on_cpu else zero.accumulate_bytes * share
             self.earlier_gradients = self.own_gradients
@@ -258,8 +265,10 @@ def _backward(always: dict[str, int], states: _States, acts: Activations, head: 
     own = max(states.own_gradients, states.oversized if states.zero.stage == 1 else 0)  # ZeRO 1 keeps it to the end, owned or not
     of_blocks = []
     for left in range(depth + 1):
-        reduced = not left or states.parameters - states.block * left > states.bucket_elements  # a bucket, at least
-        gradients = held + (own + states.reducing) * reduced
+        if states.parameters - states.block * left > states.bucket_elements:  # a bucket was full before: what is owned of it was copied
+            gradients = held + own + states.reducing
+        else:
+            gradients = held + (0 if left else max(own, states.reducing))
         parts = {**common, "gradients": gradients, "activations": acts.in_backward(left, depth), "head's gradients": head.pending}
         of_blocks.append(Phase("backward", parts))
     yield max(of_blocks, key=lambda phase: phase.total)

@@ -58,7 +58,8 @@ def step_traffic(backbone: Backbone, zero: ZeroSettings, head: HeadShape) -> Tra
     if zero.stage == 3:
         small = sum(size for group in backbone.groups for size in group if size <= zero.persistence_threshold)
         gradients = once(s * P) * steps
-        weights = 2 * once(s * (P - small)) * steps + once(s * small)  # for forward and again for backward, if nothing stays gathered
+        rounds = 1 if zero.max_live_parameters >= P else 2  # what stays gathered after forward is not gathered again for backward
+        weights = rounds * once(s * (P - small)) * steps + once(s * small)
     else:
         gradients = 2 * once(gradient_bytes * P) * (steps if zero.stage == 2 else 1)
         weights = once(s * P)
@@ -85,20 +86,25 @@ class Speed:
 
 
 def stage_speed(
-    cfg: RunConfig, zero: ZeroSettings, precision: str, head: HeadShape, gpu: Accelerator, network: float, *, overlap: bool
+    cfg: RunConfig,
+    backbone: Backbone,
+    zero: ZeroSettings,
+    precision: str,
+    head: HeadShape,
+    gpu: Accelerator,
+    network: float,
 ) -> Speed:
     """Of the stage that ``head`` describes.
 
     Args:
         precision: DeepSpeed's.
         network: bytes/s between nodes for each GPU; ranks of one node use the GPU's own links.
-        overlap: whether gradients are reduced while backward goes on.
     Raises: ValueError if the GPU does not compute in that precision.
     """
     operands = {"bf16": "bf16", "bf16_autocast": "bf16", "fp16": "fp16"}.get(precision, "fp32")
     if operands not in gpu.flops:
         raise ValueError(f"{gpu.name} has no {operands} tensor cores; use one of ds_configs/*_fp16.json")
-    preset, model, backbone = PRESETS[cfg.model.name], cfg.model, Backbone.of(cfg)
+    preset, model = PRESETS[cfg.model.name], cfg.model
     options = {"mask_ratio": model.mask_ratio, "embedding_size": model.embedding_size}
     images = head.micro_batch_size * head.grad_accum_steps
     counted = images * backbone_flops(preset, **options)
@@ -117,7 +123,7 @@ def stage_speed(
 
     traffic = step_traffic(backbone, zero, head)
     link = LINK_EFFICIENCY * (gpu.link_bandwidth if head.world_size <= GPUS_PER_NODE else min(gpu.link_bandwidth, network))
-    hidden = min(traffic.gradients / link, (products + memory) / 2) if overlap else 0.0  # within half of a step, all of it backward
+    hidden = min(traffic.gradients / link, (products + memory) / 2) if zero.overlaps else 0.0  # within half of a step, all of it backward
     total = traffic.total / link
     step = products + memory + total - hidden
     flops = counted + of_head

@@ -25,7 +25,7 @@ metrics.jsonl, summary.json, checkpoints/. Started again, it goes on from its ne
 
   python -m train plan --config R.yaml --deepspeed_config J.json --world-size 8
 
-says beforehand what a recipe comes to on a number of ranks, see python -m train plan --help.
+says beforehand what a recipe comes to on a number of ranks, in steps, memory and time, see python -m train plan --help.
 
   python -m train reshard RUN NEW_RUN --world-size 32
 

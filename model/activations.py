@@ -39,9 +39,7 @@ class Activations:
         return self.patches + self.dropping + self.block_inputs + self.feature + (0 if self.activation_checkpointing else self.block_inner)
 
     def in_backward(self, blocks_left: int, depth: int) -> int:
-        """Peak within the backward of the last of ``blocks_left`` blocks, recomputed if need be; at 0, of what comes before all blocks."""
-        if not blocks_left:
-            return self.patches + self.dropping + self.input_gradient
+        """Peak within the backward of the last of ``blocks_left`` blocks, at least one, recomputed if need be."""
         inner = self.one_block if self.activation_checkpointing else self.one_block * blocks_left
         return self.patches + self.dropping + self.block_inputs * blocks_left // depth + inner + self.in_flight
 

@@ -114,9 +114,9 @@ def describe_budget(budget: Budget, network: float) -> str:
     lines = []
     for stage in budget.stages:
         lines += [f"Memory of a rank in stage {stage.name}, GiB:", "", *table(_memory_rows(stage.memory)), ""]
-    lines.append(
-        f"peak: tensors as torch counts them. needed: with {RESERVE_BYTES / _GIB:g} GiB and {RESERVE_SHARE:.0%} beside them (assumed)."
-    )
+    reserve = f"{RESERVE_BYTES / _GIB:g} GiB and {RESERVE_SHARE:.0%}"
+    lines.append("embedding, blocks and reduction are parts of backward.")
+    lines.append(f"peak: tensors as torch counts them. needed: with {reserve} beside them (assumed).")
     lines += ["Attention is counted as on a GPU: no [n, n] matrix is kept.", ""]
     rows = [("stage", "sent by a rank and step, GiB:", "gradients", "weights", "head")]
     for stage in budget.stages:

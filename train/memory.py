@@ -255,23 +255,24 @@ def _phases(states: _States, acts: Activations, head: HeadMemory, shape: HeadSha
 
 
 def _backward(always: dict[str, int], states: _States, acts: Activations, head: HeadMemory, depth: int) -> Iterator[Phase]:
-    """The embedding layer, whose weight is the largest, and the worst of the blocks."""
+    """The embedding layer, whose weight is the largest; the worst of the blocks; the last bucket, which is reduced when all is done."""
     common = {**always, "buckets": states.buckets, "gathered weights": states.gathered}
     pending = head.pending + head.adding
     held = states.earlier_gradients
     # A gradient larger than a bucket is reduced by itself, at once: the copies of that come while it is still there.
     largest = states.s * states.largest + (max(states.own_gradients, states.reducing) if states.oversized else 0)
-    yield Phase("backward", {**common, "gradients": held + largest, "activations": acts.kept, "head's gradients": pending})
+    yield Phase("embedding", {**common, "gradients": held + largest, "activations": acts.kept, "head's gradients": pending})
     own = max(states.own_gradients, states.oversized if states.zero.stage == 1 else 0)  # ZeRO 1 keeps it to the end, owned or not
     of_blocks = []
-    for left in range(depth + 1):
-        if states.parameters - states.block * left > states.bucket_elements:  # a bucket was full before: what is owned of it was copied
-            gradients = held + own + states.reducing
-        else:
-            gradients = held + (0 if left else max(own, states.reducing))
+    for left in range(1, depth + 1):
+        # Once a bucket was full, what is owned of it has been copied.
+        reduced = states.parameters - states.block * left > states.bucket_elements
+        gradients = held + (own + states.reducing) * reduced
         parts = {**common, "gradients": gradients, "activations": acts.in_backward(left, depth), "head's gradients": head.pending}
-        of_blocks.append(Phase("backward", parts))
+        of_blocks.append(Phase("blocks", parts))
     yield max(of_blocks, key=lambda phase: phase.total)
+    last = own + states.reducing if states.parameters > states.bucket_elements else max(own, states.reducing)
+    yield Phase("reduction", {**common, "gradients": held + last, "head's gradients": head.pending})
 
 
 def _numel(module: nn.Module) -> int:

@@ -16,7 +16,7 @@ from train.speed import LINK_EFFICIENCY, MEMORY_EFFICIENCY, PRODUCT_EFFICIENCY, 
 from train.table import table
 
 CARDS_GIB = (80, 40, 24)
-# Images a second that one core decodes and augments: 6-7 thousand were measured on one core of an AMD EPYC; the lower is taken.
+# Images a second that one core decodes and augments: 6 to 7 thousand were measured on a 2-core machine; the lower is taken.
 IMAGES_PER_CORE = 6000
 _GIB, _DAY = 2**30, 86400.0
 

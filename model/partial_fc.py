@@ -37,7 +37,7 @@ Margin = tuple[float, float, float] | NormMargin
 ROW_STATE = frozenset(
     ("weight", "expectation", "expectation_seen", "last_embedding", "last_embedding_step", "exp_avg", "exp_avg_sq", "steps")
 )
-_CHUNK_ROWS = {"cpu": 512, "cuda": 4096}
+CHUNK_ROWS = {"cpu": 512, "cuda": 4096}  # by default, on a device of that type
 _ROWS_AT_ONCE = 16384  # classes whose statistics are computed at a time
 _W, _E = "learned", "expectation"
 _TERMS: dict[Centers, tuple[Term, ...]] = {
@@ -129,7 +129,7 @@ class PartialFC:
             nccl = group is not None and dist.get_backend(group) == "nccl"
             device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.get_default_device()
         device = torch.device(device)
-        chunk_rows = _CHUNK_ROWS[device.type] if chunk_rows is None else chunk_rows
+        chunk_rows = CHUNK_ROWS[device.type] if chunk_rows is None else chunk_rows
         for name, value in {"num_classes": num_classes, "embedding_size": embedding_size, "chunk_rows": chunk_rows}.items():
             if value < 1:
                 raise ValueError(f"{name} must be positive, got {value}")

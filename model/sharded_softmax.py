@@ -141,8 +141,7 @@ class ShardedSoftmax:
     def __init__(self, anchors: dict[AnchorName, Anchor], objective: Objective, num_classes: int, chunk_rows: int, ranks: Collectives):
         """``num_classes``: C over all ranks; ``chunk_rows``: samples that share the buffer at a time."""
         self._anchors, self._objective, self._chunk_rows, self._ranks = anchors, objective, chunk_rows, ranks
-        # |s cos| <= s, and CurricularFace at most doubles it: while s + ln C < 80, exponentials cannot overflow and need no maximum.
-        self._shifted = objective.scale * (1 + objective.curricular) + math.log(num_classes) > _EXP_LIMIT
+        self._shifted = needs_shift(objective.scale, objective.curricular, num_classes)
         self._negatives: list[AnchorName] = sorted({term.negatives for term in objective.terms})  # the learned one last
         for name in self._negatives:
             _ = anchors[name].operand  # normalise now: the samples may still be on their way
@@ -335,6 +334,14 @@ class ShardedSoftmax:
             return flat.view(n, width(anchor))[:, : anchor.num_rows]
 
         return buffer
+
+
+def needs_shift(scale: float, curricular: bool, num_classes: int) -> bool:
+    """Whether the maximum must be taken off the logits of ``num_classes`` classes before their exponentials.
+
+    |s cos| <= s, and CurricularFace at most doubles it: while s + ln C < 80, exponentials cannot overflow.
+    """
+    return scale * (1 + curricular) + math.log(num_classes) > _EXP_LIMIT
 
 
 def softplus(x: Tensor) -> Tensor:

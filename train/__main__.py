@@ -33,7 +33,7 @@ metrics.jsonl, summary.json, report.html, checkpoints/. Started again, it goes o
 
   python -m train plan --config R.yaml --deepspeed_config J.json --world-size 8
 
-says beforehand what a recipe comes to on a number of ranks, see python -m train plan --help.
+says beforehand what a recipe comes to on a number of ranks, in steps, memory and time, see python -m train plan --help.
 
   python -m train doctor
 

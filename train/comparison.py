@@ -63,6 +63,19 @@ def compare(cfg: RunConfig, num_images: int, world_size: int, reference: int) ->
     )
 
 
+def recipe_warnings(plan: Plan, reference: Plan | None) -> Iterator[str]:
+    """What of batch and learning rate is likely to be a mistake. ``reference``: the run as it was written, if that is known."""
+    for curve in plan.curves:
+        if not curve.warmup_steps:
+            yield f"{curve.key}: no warm-up, and AdamW's first steps are its largest: set schedule.warmup_epochs"
+    for stage, written in zip(plan.stages, reference.stages if reference else (), strict=False):
+        if stage.global_batch_size != written.global_batch_size:
+            yield (
+                f"stage {stage.name}: a global batch of {stage.global_batch_size:,} where the recipe was written for "
+                f"{written.global_batch_size:,}, with the learning rate that it was written for: choose A, B or C below"
+            )
+
+
 def written_for(cfg: RunConfig) -> int | None:
     """The number of ranks that take the recipe's global batch without accumulation; None if it fixes none, or its stages disagree."""
     batches = [batch for _, batch in _batches(cfg)]

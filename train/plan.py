@@ -15,7 +15,7 @@ from pathlib import Path
 from data_pipeline.shard_set import open_set
 from train.accelerators import ACCELERATORS
 from train.budget import describe_budget, describe_fits, fit_all, gpu_named, plan_budget
-from train.comparison import compare, describe_comparison, written_for
+from train.comparison import compare, describe_comparison, recipe_warnings, written_for
 from train.config import DataConfig, RunConfig, load_run_config
 from train.dist import import_deepspeed, read_ranks
 from train.ds_config import load_ds_config
@@ -88,6 +88,8 @@ def _one_config(arguments: argparse.Namespace, cfg: RunConfig) -> None:
     _write_json(arguments.json, {**said, **asdict(plan), "comparison": comparison and asdict(comparison), "budget": numbers})
     print(f"{arguments.config} on {plan.world_size} ranks: {cfg.model.name}, ZeRO {deepspeed.zero_stage}, {deepspeed.precision}\n")
     print(describe(plan))
+    for text in recipe_warnings(plan, comparison and comparison.reference):
+        print(f"warning: {text}")
     print(f"\n{describe_budget(budget, network) if budget else _NO_CLASSES}")
     if comparison:
         print(f"\nAgainst the {reference} ranks that the recipe was written for:\n\n{describe_comparison(comparison)}")

@@ -172,6 +172,17 @@ def test_the_command_prints_both_ways_and_writes_them_as_json(tmp_path, capsys):
     assert said["comparison"]["linear"]["plan"]["total_steps"] == 1_382_600
 
 
+def test_another_global_batch_and_no_warm_up_are_warned_of(capsys):
+    assert plan("demo", "--world-size", "2", "data.num_images=4800", "--reference", "2") == 0
+    assert "warning" not in capsys.readouterr().out
+    assert plan("demo", "--world-size", "4", "data.num_images=4800", "--reference", "2", "schedule.warmup_epochs=0") == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert said[0] == "warning: optimizer.lr: no warm-up, and AdamW's first steps are its largest: set schedule.warmup_epochs"
+    assert [line.split(" where ")[0] for line in said[1:]] == [
+        "warning: stage early: a global batch of 256", "warning: stage stable: a global batch of 256",
+    ]  # fmt: skip
+
+
 def test_the_command_compares_with_nothing_where_there_is_nothing_to_compare(capsys):
     assert plan("lvface_v1", "--world-size", "64") == 0
     text = capsys.readouterr().out

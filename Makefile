@@ -1,5 +1,6 @@
 # make demo   a small run through every stage on synthetic faces, on this machine's CPU or GPUs
-# make test   the test suite, but for faults that need a launcher each
+# make test   the test suite, but for what is slow
+# make slow   the rest of it: more worlds, launchers and ways to end
 # make faults every fault that a run survives or names, with a table
 # make lint   ruff
 # Each makes .venv first and installs the pinned requirements into it.
@@ -9,7 +10,7 @@ RANKS ?= 2
 DEMO := runs/demo
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test faults lint clean-demo
+.PHONY: demo test slow faults lint clean-demo
 
 demo: .venv/installed | $(DEMO)/shards $(DEMO)/heldout
 	rm -f $(DEMO)/summary.json
@@ -35,6 +36,9 @@ clean-demo:
 
 test: .venv/installed-dev
 	python -m pytest --numprocesses 2 -m "not slow"  # two tests at a time; many start ranks of their own
+
+slow: .venv/installed-dev
+	python -m pytest --numprocesses 2 -m slow
 
 faults: .venv/installed-dev
 	python -m pytest --numprocesses 2 tests/faults

@@ -22,6 +22,7 @@ def experiment(tmp_path, **autotuning):
     return result
 
 
+@pytest.mark.slow
 def test_the_engine_writes_what_it_measured_in_the_steps_asked_for(tmp_path):
     result = experiment(tmp_path, start_profile_step=2, end_profile_step=3, metric_path=str(tmp_path / "metrics.json"))
     metrics = json.loads((tmp_path / "metrics.json").read_text())
@@ -30,6 +31,7 @@ def test_the_engine_writes_what_it_measured_in_the_steps_asked_for(tmp_path):
     assert "step 4/8" not in result.stdout
 
 
+@pytest.mark.slow
 def test_the_profile_of_the_model_counts_the_parameters_of_the_backbone(tmp_path):
     from model.vit import build_vit
 

@@ -16,6 +16,7 @@ def shards(tmp_path_factory):
     return packed_faces(tmp_path_factory.mktemp("faces"))
 
 
+@pytest.mark.slow
 def test_under_deepspeed_the_view_stays_below_all_that_ranks_and_launcher_say(shards, tmp_path):
     recipe = write_recipe(tmp_path / "recipe.yaml", shards, tmp_path / "run")
     screen = Screen(columns=300, rows=50)
@@ -34,6 +35,7 @@ def test_under_deepspeed_the_view_stays_below_all_that_ranks_and_launcher_say(sh
     screen.close()
 
 
+@pytest.mark.slow
 def test_after_a_kill_tensorboard_shows_every_step_once(shards, tmp_path):
     """Rank 0 is killed a step after a checkpoint; each step is logged."""
     run = tmp_path / "run"

@@ -87,6 +87,7 @@ def test_clocks_that_are_off_are_named():
     run_ranks(3, check_clocks)
 
 
+@pytest.mark.slow
 def test_two_ranks_are_checked_together_under_the_launcher(tmp_path):
     (tmp_path / "ext/op").mkdir(parents=True)
     env = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": "", "TORCH_EXTENSIONS_DIR": str(tmp_path / "ext")}

@@ -75,6 +75,7 @@ def test_a_shard_set_that_is_missing_or_empty_is_named(how, recipe, tmp_path):
     assert str(path) in errors(result)[0]
 
 
+@pytest.mark.slow
 def test_more_ranks_than_batches_is_refused_with_the_numbers(recipe):
     result = launch(recipe, "batch.micro_batch_size=64", ranks=2)
     assert result.returncode != 0
@@ -82,6 +83,7 @@ def test_more_ranks_than_batches_is_refused_with_the_numbers(recipe):
     assert "num_images=96 is less than one global batch of 256 (world_size=2, batch_size=64)" in error
 
 
+@pytest.mark.slow
 @pytest.mark.fault("damaged records after a kill", "named; no checkpoint lost")
 def test_more_damaged_records_than_allowed_stop_every_rank_and_lose_no_checkpoint(shards, recipe, tmp_path):
     """A killed run meets damaged labels when it goes on. It stops, goes on with others in their place when that is allowed, and ends."""
@@ -118,6 +120,7 @@ def test_a_pairs_file_that_is_not_there_is_an_error_before_training(recipe, tmp_
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.fault("a set of other classes than the checkpoint's", "refused with both numbers")
 def test_a_set_of_another_class_count_than_the_checkpoint_is_refused(recipe, tmp_path):
     assert launch(recipe, ranks=1).returncode == 0
@@ -135,6 +138,7 @@ def packed_faces_of(identities, folder):
     return folder / "other"
 
 
+@pytest.mark.slow
 @pytest.mark.fault("a metrics port that is taken", "the next one, with a warning")
 def test_an_occupied_metrics_port_is_a_warning_and_training_goes_on(recipe, tmp_path):
     with socket.socket() as occupied:

@@ -17,6 +17,7 @@ def steps_saved(output):
     return sorted(int(path.name[5:]) for path in output.glob("checkpoints/step_????????"))
 
 
+@pytest.mark.slow
 @pytest.mark.fault("EIO on rank 1 in a background save", "file named, exit code 2 on all ranks")
 def test_a_write_in_the_background_that_fails_on_one_rank_is_an_error_on_all_at_the_next_step(scene):
     scene.start({"rank": 1, "place": "write", "call": "every", "fault": "fail_io"}, checkpoint={"every_steps": 2})
@@ -30,6 +31,7 @@ def test_a_write_in_the_background_that_fails_on_one_rank_is_an_error_on_all_at_
     assert scene.all_gone()
 
 
+@pytest.mark.slow
 @pytest.mark.fault("files refused beyond a size", "file and free space named; older checkpoints whole")
 def test_a_file_system_that_takes_no_more_stops_the_run_and_the_checkpoint_before_stays(scene, shards):
     """No file may become larger than 64 KiB: the first checkpoint of the process fails."""

@@ -45,6 +45,7 @@ def end(nodes):
     return [node.returncode for node in nodes], said
 
 
+@pytest.mark.slow
 def test_two_nodes_of_a_hostfile_train_as_one_node_does(shards, finished, tmp_path):
     (tmp_path / "hosts").write_text("first slots=1\nsecond slots=1\n")
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", tmp_path / "hosts", "--no_ssh"]

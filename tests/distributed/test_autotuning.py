@@ -3,6 +3,8 @@
 import base64
 import json
 
+import pytest
+
 from tests.launch import launch
 from tests.training import packed_faces, write_recipe
 

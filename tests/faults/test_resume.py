@@ -18,7 +18,7 @@ from train.dist import RankError, Ranks
 # Checkpoints stand at steps 3, 4 (stage end), 6 and 8; an epoch is 3 steps. Killed: in the early stage before any checkpoint; one step
 # before and after the stage switch; in the second half; between two micro-batches; while saving at the stage switch.
 KILLS = [(1, 2), (0, 3), (1, 5), (0, 7), (1, "within", 6), (0, "save", 2)]
-SLOW_KILLS = [(1, 5), (0, 7)]
+SLOW_KILLS = [(1, 2), (1, 5), (0, 7)]
 
 
 def kills(all_, slow):

@@ -243,6 +243,7 @@ class Run:
         """Go on from a checkpoint. The loader was opened at its cursor already. Collectives: a gather of the low-precision weights."""
         self._restore(saved)
         self.guard.load_state(saved.run_state["guard"])
+        self.published.bad_records = len(self.batches.bad_records)  # those known were told by an earlier process
 
     def _restore(self, saved: Saved) -> None:
         """All but the guard, which remembers why it went back."""

@@ -19,11 +19,14 @@ def shards(tmp_path_factory):
     return packed_faces(tmp_path_factory.mktemp("metrics"))
 
 
-def train_and_tell(group, recipe, kill=None):
-    """(uses of this process's time, samples and cosines counted by every rank)."""
+def train_and_tell(group, recipe, kill=None, known=()):
+    """The records of this rank and the uses of its time. ``known``: numbers of records that are known to be damaged."""
+    from data_pipeline.loader import FaceLoader
     from train.metrics import Metrics
     from train.run import Run
 
+    initial = FaceLoader.__init__
+    FaceLoader.__init__ = lambda self, *args, **options: initial(self, *args, **{**options, "bad_records": dict.fromkeys(known, "damaged")})
     told, close, publish = {"records": []}, Run.close, Metrics.record_step
     Run.close = lambda self: (told.update(seconds=self.run_time.seconds), close(self))
     Metrics.record_step = lambda self, record: (told["records"].append(record), publish(self, record))
@@ -65,7 +68,8 @@ def test_a_run_that_was_killed_tells_restarts_and_what_it_did_again(shards, tmp_
     recipe = write_recipe(tmp_path / "recipe.yaml", shards, tmp_path / "run")
     with pytest.raises(AssertionError, match=r"ranks ended|failed"):
         run_ranks(2, train_and_tell, recipe, (0, 5))
-    for told in run_ranks(2, train_and_tell, recipe):
+    for told in run_ranks(2, train_and_tell, recipe, None, (0, 1)):
+        assert {(record.bad_records, record.records["replaced"]) for record in told["records"]} == {(2, 0)}
         steps = [record.step for record in told["records"]]
         assert steps in ([5, 6, 7, 8], [4, 5, 6, 7, 8])
         assert [(record.restarts, record.furthest_step) for record in told["records"]] == [(1, max(step, 5)) for step in steps]

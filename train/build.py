@@ -27,7 +27,7 @@ from train.evaluation import PairVerification
 from train.guard import Guard
 from train.live import LogLines, open_progress
 from train.lock import OutputLock
-from train.metrics import BuildInfo, Metrics
+from train.metrics import LOG, BuildInfo, Metrics
 from train.random_state import seed_rank
 from train.report import announce
 from train.run import Run, head_margin
@@ -68,7 +68,7 @@ def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks:
     stages = ranks.together(lambda: _plan_stages(cfg, batches, ranks, saved))
     build, timer, run_time = BuildInfo(ranks.world_size, summary.zero_stage, summary.precision), PartTimer(ranks.device.type), RunTime()
     live = partial(live_values, watchdog, run_time, verification)
-    metrics = ranks.together(lambda: Metrics(cfg.output / "metrics.jsonl", cfg.metrics, ranks.rank, ranks.local_rank, build, live))
+    metrics = ranks.together(lambda: Metrics(cfg.output / LOG, cfg.metrics, ranks.rank, ranks.local_rank, build, live))
     logged = ranks.broadcast(metrics.last) or {}
 
     torch.manual_seed(cfg.seed)  # the same weights on every rank

@@ -23,7 +23,6 @@ from train.run_log import LogEntry
 from train.terminal import ReservedRows
 
 _PART_STYLES = {
-    "data": "yellow",
     "data_wait": "yellow",
     "head": "magenta",
     "forward": "blue",

@@ -26,7 +26,7 @@ from train.document import ConfigError
 from train.metric_table import TABLE, Histogram, MetricSpec, StepRecord
 
 PORTS_TO_TRY = 64
-TARGETS = "prometheus_targets.json"
+LOG, TARGETS = "metrics.jsonl", "prometheus_targets.json"  # in the output
 Value = float | Mapping[str, float] | Histogram  # of a series; of its series by label
 
 

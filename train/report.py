@@ -7,7 +7,7 @@ import socket
 from typing import TYPE_CHECKING
 
 from data_pipeline.output import replace_file
-from train.metrics import TARGETS, targets, url
+from train.metrics import LOG, TARGETS, targets, url
 from train.redact import redact
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from train.run import Run
     from train.stages import Stage
 
+RECIPE = "recipe.yaml"  # in the output, as resolved
 SUMMARY = "summary.json"  # in the output of a run that is complete, and of no other
 
 
@@ -28,7 +29,7 @@ def announce(run: Run, ds_config: dict, summary: DeepSpeedSummary) -> None:
     cfg, ranks, batches = run.cfg, run.ranks, run.batches
     if ranks.is_first:
         (cfg.output / SUMMARY).unlink(missing_ok=True)
-        (cfg.output / "recipe.yaml").write_text(cfg.to_yaml())
+        (cfg.output / RECIPE).write_text(cfg.to_yaml())
         (cfg.output / "ds_config.json").write_text(json.dumps(redact(ds_config), indent=1) + "\n")
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in run.engine.module.parameters())
     ports = ranks.gather(run.metrics.port)
@@ -101,7 +102,7 @@ def write_summary(run: Run, pairs: PairReport | None, pairs_ema: PairReport | No
             rows.append((name, text))
     if run.metrics.port:
         rows.append(("metrics", f"were served at {url(cfg.metrics, run.metrics.port)}"))
-    rows += [("log", str(cfg.output / "metrics.jsonl")), ("checkpoint", str(run.checkpoints.last))]
+    rows += [("log", str(cfg.output / LOG)), ("checkpoint", str(run.checkpoints.last))]
     width = max(len(name) for name, _ in rows)
     run.ranks.say("\n".join(["\ndone", *(f"  {name:<{width}}  {text}" for name, text in rows)]))
     outcome = {

@@ -10,7 +10,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-LOG, SKIPPED, SUMMARY, RECIPE = "metrics.jsonl", "skipped_steps.jsonl", "summary.json", "recipe.yaml"
+from train.guard import FILE_NAME as SKIPPED
+from train.metrics import LOG
+from train.report import RECIPE, SUMMARY
+
 _PARTS = ("data", "data_wait", "head", "forward", "backward", "comm", "optimizer", "checkpoint", "other")  # data: of older logs
 
 
@@ -50,7 +53,7 @@ class LogEntry:
     @property
     def utilization(self) -> float:
         """Floating-point operations per second next to the device's peak (MFU)."""
-        return self.number("utilization", "model_utilization")
+        return self.number("utilization")
 
     @property
     def parts(self) -> dict[str, float]:

@@ -31,7 +31,7 @@ def require_tensorboard() -> None:
 
 
 class TensorBoard:
-    """An event file of this process in a run's folder of them. A label's value follows the metric's name: ``lvface_step_seconds/head``.
+    """An event file of this process in a run's folder of them. A label's value follows the metric's name: ``lvface_gradient_norm/head``.
 
     A file that cannot be written to is told once, and no more is written: the run goes on.
     """

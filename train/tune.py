@@ -31,7 +31,7 @@ from train.stop import STOPPED
 from train.tune_process import FAILED, OUT_OF_MEMORY, REFUSED, SKIPPED, Outcome, run_trial
 from train.tune_report import BEST_CONFIG, BEST_TEXT, counts, measured_text, table, write_best
 from train.tune_results import Results
-from train.tune_settings import PRECISIONS, Settings, Workload, open_workload
+from train.tune_settings import ON_OFF, PRECISIONS, Settings, Workload, open_workload
 
 _NOTHING_MEASURED, _ERROR, _INTERRUPTED = 1, 2, 130
 _IMAGES_PER_IDENTITY, _MIN_IDENTITIES = 24, 64  # of the synthetic faces
@@ -109,7 +109,7 @@ class Sweep:
 
 
 def _file_name(settings: Settings) -> str:
-    checkpointing, overlap = ("on" if value else "off" for value in (settings.checkpointing, settings.overlap))
+    checkpointing, overlap = ON_OFF[settings.checkpointing], ON_OFF[settings.overlap]
     return (
         f"micro{settings.micro_batch_size}_zero{settings.zero_stage}_{settings.precision}_checkpointing-{checkpointing}_overlap-{overlap}"
     )
@@ -239,7 +239,7 @@ checkpoint at the end, as in any run. Settings whose windows overlap those of th
 
 Exit codes: 0 done, 1 no trial could be measured, 2 something given is wrong, 75 stopped by SIGTERM, 130 by Ctrl-C.""",
     )
-    switch = _list_of(lambda text: {"on": True, "off": False}[text], "on or off")
+    switch = _list_of(lambda text: {word: value for value, word in ON_OFF.items()}[text], "on or off")
     number = _list_of(_positive, "a positive number")
     precision = _list_of(lambda text: PRECISIONS[PRECISIONS.index(text)], f"one of {', '.join(PRECISIONS)}")
     stage = _list_of(lambda text: range(4)[int(text)], "a ZeRO stage, 0 to 3")

@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from train.metrics import LOG
 from train.report import SUMMARY
 from train.tune_settings import Settings, Workload
 from train.tune_trial import peak_file
@@ -85,7 +86,7 @@ def run_trial(workload: Workload, settings: Settings, folder: Path, timeout_s: f
     if not (output / SUMMARY).exists():  # the launcher's exit code may be 0 where a rank was killed
         status, reason = why_failed(text, process.returncode, _oom_kills() - kills)
         return Outcome(status, f"{reason} ({log})", seconds=seconds)
-    windows = read_windows(output / "metrics.jsonl")
+    windows = read_windows(output / LOG)
     if not windows:
         return Outcome(FAILED, f"every window that counts has skipped steps ({log})", seconds=seconds)
     peaks = [json.loads(peak_file(folder, rank).read_text())["bytes"] for rank in range(workload.world_size)]

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from data_pipeline.output import replace_file
 from train.redact import redact
+from train.table import table as aligned
 from train.tune_process import MEASURED, Outcome
 from train.tune_results import Ranked, Results
-from train.tune_settings import Settings, Workload
+from train.tune_settings import ON_OFF, Settings, Workload
 
 BEST_CONFIG, BEST_TEXT = "best_ds_config.json", "best.txt"
-_ON = {True: "on", False: "off"}
 
 
 def measured_text(outcome: Outcome) -> str:
@@ -40,16 +40,15 @@ def table(workload: Workload, results: Results) -> str:
                 f"{workload.grad_accum_steps(settings)}",
                 f"{settings.zero_stage}",
                 settings.precision,
-                _ON[settings.checkpointing],
-                _ON[settings.overlap],
+                ON_OFF[settings.checkpointing],
+                ON_OFF[settings.overlap],
                 f"{entry.median:,.1f}",
                 f"{min(entry.windows):,.1f} to {max(entry.windows):,.1f}",
                 _gib(entry.peak_bytes),
                 f"{entry.trials}",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = aligned(rows, str.rjust)
     if any(entry.within_noise_of(ranking[0]) for entry in ranking[1:]):
         lines.append("=: within noise of the first: the ranges of their windows overlap")
     return "\n".join([*lines, *_not_measured(results)])

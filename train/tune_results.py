@@ -12,13 +12,12 @@ from pathlib import Path
 from data_pipeline.output import replace_file
 from train.document import ConfigError
 from train.tune_process import MEASURED, Outcome
-from train.tune_settings import Settings
+from train.tune_settings import ON_OFF, Settings
 
 FIELDS = (
     "micro_batch_size", "zero_stage", "precision", "activation_checkpointing", "overlap_comm", "repeat", "status", "images_per_second",
     "windows", "peak_bytes", "seconds", "reason",
 )  # fmt: skip
-_ON = {True: "on", False: "off"}
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class Results:
 def _to_row(settings: Settings, repeat: int, outcome: Outcome) -> dict[str, object]:
     measured = outcome.status == MEASURED
     values = (
-        *(settings.micro_batch_size, settings.zero_stage, settings.precision, _ON[settings.checkpointing], _ON[settings.overlap]),
+        *(settings.micro_batch_size, settings.zero_stage, settings.precision, ON_OFF[settings.checkpointing], ON_OFF[settings.overlap]),
         *(repeat, outcome.status, f"{outcome.median:.2f}" if measured else ""),
         *(" ".join(f"{window:.2f}" for window in outcome.images_per_second), outcome.peak_bytes if measured else ""),
         *(f"{outcome.seconds:.1f}", outcome.reason),
@@ -112,8 +111,8 @@ def _from_row(row: dict[str, str]) -> tuple[tuple[Settings, int], Outcome]:
         int(row["micro_batch_size"]),
         int(row["zero_stage"]),
         row["precision"],
-        row["activation_checkpointing"] == _ON[True],
-        row["overlap_comm"] == _ON[True],
+        row["activation_checkpointing"] == ON_OFF[True],
+        row["overlap_comm"] == ON_OFF[True],
     )
     windows = tuple(map(float, row["windows"].split()))
     peak = int(row["peak_bytes"]) if row["peak_bytes"] else None

@@ -13,6 +13,7 @@ from train.config import BatchConfig, ConfigError, RunConfig, load_run_config
 from train.document import Document, read_json
 from train.ds_config import OWNED_BY_RECIPE, DeepSpeedSummary, complete_ds_config
 
+ON_OFF = {True: "on", False: "off"}
 PRECISIONS = ("bf16", "fp16", "fp32", "bf16_autocast")
 _SHIPPED = Path(__file__).resolve().parents[1] / "ds_configs"
 _PRECISION_SECTIONS = ("bf16", "fp16", "torch_autocast")
@@ -29,10 +30,9 @@ class Settings:
     overlap: bool  # zero_optimization.overlap_comm
 
     def __str__(self) -> str:
-        on = {True: "on", False: "off"}
         return (
             f"micro-batch {self.micro_batch_size}, ZeRO {self.zero_stage}, {self.precision}, "
-            f"checkpointing {on[self.checkpointing]}, overlap {on[self.overlap]}"
+            f"checkpointing {ON_OFF[self.checkpointing]}, overlap {ON_OFF[self.overlap]}"
         )
 
 

@@ -8,14 +8,12 @@ FOLDER takes one file per rank, ``peak_00000.json``; it is there if the run came
 from __future__ import annotations
 
 import json
-import re
 import sys
 from pathlib import Path
 
-import torch
-
 from train.__main__ import main
-from train.dist import Ranks, read_ranks
+from train.dist import read_ranks
+from train.window import memory
 
 
 def peak_file(folder: Path, rank: int) -> Path:
@@ -23,16 +21,8 @@ def peak_file(folder: Path, rank: int) -> Path:
     return folder / f"peak_{rank:05d}.json"
 
 
-def peak_bytes(ranks: Ranks) -> int:
-    """The most memory that this process has held: on a GPU what torch had allocated there, on a CPU what was resident (VmHWM)."""
-    if ranks.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(ranks.device)
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE).group(1)) * 1024
-
-
 if __name__ == "__main__":
     notes = Path(sys.argv.pop(1))
     main()
     this = read_ranks()
-    peak_file(notes, this.rank).write_text(json.dumps({"bytes": peak_bytes(this)}))
+    peak_file(notes, this.rank).write_text(json.dumps({"bytes": memory(this.device)["peak"]}))

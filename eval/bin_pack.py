@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from eval.errors import EvalError
+from eval.images import FaceImages
 from eval.pair_set import PairSet
 from eval.verification import contiguous_folds
 
@@ -69,8 +70,7 @@ def read_bin(path: Path) -> PairSet:
     return PairSet(
         source=path,
         origin=path.name,
-        names=names,
-        read=lambda image: encoded[image],
+        images=FaceImages(names, lambda image: encoded[image]),
         pairs=np.array(numbers).reshape(-1, 2),
         same=np.array(flags, dtype=bool),
         fold=fold,

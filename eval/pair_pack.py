@@ -23,7 +23,8 @@ from safetensors.numpy import save
 from data_pipeline.output import replace_file
 from eval.bin_pack import read_bin
 from eval.errors import EvalError
-from eval.pair_set import PairSet, decode_image
+from eval.images import FaceImages, decode_image
+from eval.pair_set import PairSet
 
 FORMAT_VERSION = 1
 SUFFIX = ".pairs.safetensors"
@@ -49,9 +50,9 @@ def write_pack(pairs: PairSet, out: Path, progress: Callable[[int, int], None] |
     The images' files are kept byte for byte. Each is decoded once, so that a pack holds none that can't be evaluated.
     Raises: EvalError for such an image. ``progress`` is called as (images done, images in all).
     """
-    encoded, total = [], len(pairs.names)
-    for image, name in enumerate(pairs.names):
-        encoded.append(pairs.read(image))
+    encoded, total = [], len(pairs.images)
+    for image, name in enumerate(pairs.images.names):
+        encoded.append(pairs.images.read(image))
         decode_image(encoded[-1], name)
         if progress:
             progress(image + 1, total)
@@ -95,8 +96,10 @@ def _read_safetensors(path: Path) -> PairSet:
     pairs = PairSet(
         source=path,
         origin=about["source"],
-        names=[f"{path}: image {image}" for image in range(len(ends))],
-        read=lambda image: jpeg[starts[image] : ends[image]].tobytes(),
+        images=FaceImages(
+            [f"{path}: image {image}" for image in range(len(ends))],
+            lambda image: jpeg[starts[image] : ends[image]].tobytes(),
+        ),
         pairs=tensors["pairs"],
         same=same.astype(bool),
         fold=tensors["fold"],

@@ -4,11 +4,12 @@ The embedding of an image and that of its mirror are summed and L2-normalised; a
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from eval.embed import embed
 from eval.embedder import Embedder
 from eval.errors import EvalError
 from eval.pair_set import PairSet
@@ -45,8 +46,9 @@ def evaluate_pairs(embedder: Embedder, pairs: PairSet, progress: Callable[[int, 
     Raises: EvalError that names the image when it is unreadable, of another size, or its embedding is not finite.
     """
     start = time.perf_counter()
-    embeddings = _embed_images(embedder, pairs, progress)
+    rows = embed(embedder, pairs.images, mirror=True, progress=progress)
     seconds = time.perf_counter() - start
+    embeddings = _unit_sums(rows, pairs.images.names, embedder)
     first, second = embeddings[pairs.pairs[:, 0]], embeddings[pairs.pairs[:, 1]]
     scores, same = (first * second).sum(axis=1), pairs.same
     num_impostor = int(np.count_nonzero(~same))
@@ -62,21 +64,11 @@ def evaluate_pairs(embedder: Embedder, pairs: PairSet, progress: Callable[[int, 
     )
 
 
-def _embed_images(embedder: Embedder, pairs: PairSet, progress: Callable[[int, int], None] | None) -> np.ndarray:
-    """[n, D] float64 unit rows, one per image."""
-    rows, total = [], len(pairs.names)
-    for start in range(0, total, embedder.batch_size):
-        batch = range(start, min(start + embedder.batch_size, total))
-        images = np.stack([pairs.decode(image) for image in batch])
-        embeddings = embedder(images).astype(np.float64) + embedder(images[:, :, ::-1])
-        norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
-        bad = ~(np.isfinite(norms[:, 0]) & (norms[:, 0] > 0))
-        if bad.any():
-            raise EvalError(
-                f"{pairs.names[batch[int(np.argmax(bad))]]}: its embedding is zero or not finite ({bad.sum()} of {len(batch)} in its "
-                f"batch); check {embedder.source} and its input range, {embedder.input_range}"
-            )
-        rows.append(embeddings / norms)
-        if progress:
-            progress(batch.stop, total)
-    return np.concatenate(rows)
+def _unit_sums(rows: np.ndarray, names: Sequence[str], embedder: Embedder) -> np.ndarray:
+    """[n, D] float64: each image's embedding and its mirror's, [n, 2, D], summed and L2-normalised."""
+    sums = rows.astype(np.float64).sum(axis=1)
+    norms = np.linalg.norm(sums, axis=1, keepdims=True)
+    if not norms.all():
+        name = names[int(np.argmin(norms))]
+        raise EvalError(f"{name}: its embedding and its mirror's add up to zero; check {embedder.source} and its input range")
+    return sums / norms

@@ -8,6 +8,7 @@ import numpy as np
 
 from data_pipeline.names import is_plain_name
 from eval.errors import EvalError
+from eval.images import FaceImages
 from eval.pair_set import PairSet
 
 IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg")
@@ -57,8 +58,7 @@ def find_pairs(images_dir: str | Path, pairs_file: str | Path) -> PairSet:
     return PairSet(
         source=pairs_file,
         origin=pairs_file.name,
-        names=[str(path) for path in paths],
-        read=lambda image: _read_file(paths[image]),
+        images=FaceImages([str(path) for path in paths], lambda image: _read_file(paths[image])),
         pairs=np.array([(numbers[pair.first], numbers[pair.second]) for pair in pair_list.pairs]),
         same=np.array([pair.same for pair in pair_list.pairs]),
         fold=np.arange(len(pair_list.pairs)) // per_fold,

@@ -47,7 +47,7 @@ def bin_file(tmp_path, files):
 def check_pairs(pack, files):
     """``pack`` holds SHOWN and SAME in ten contiguous folds, every image once, in the order in which they are shown first."""
     order = list(dict.fromkeys(SHOWN))
-    assert [pack.read(image) for image in range(len(pack.names))] == [files[k] for k in order]
+    assert [pack.images.read(image) for image in range(len(pack.images))] == [files[k] for k in order]
     assert [order[image] for image in pack.pairs.ravel()] == SHOWN
     assert pack.pairs.shape == (NUM_PAIRS, 2)
     assert pack.same.dtype == bool
@@ -446,7 +446,7 @@ def test_the_pack_of_real_pairs_is_the_folder_and_its_list(faces, tmp_path):
         people = (line[0], line[0]) if len(line) == 3 else (line[0], line[2])
         for image, person, number in zip(pair, people, (line[1], line[-1]), strict=True):
             shown.add((person, number))
-            assert pack.read(image) == (faces / "lfw_112" / person / f"{person}_{int(number):04d}.jpg").read_bytes()
+            assert pack.images.read(image) == (faces / "lfw_112" / person / f"{person}_{int(number):04d}.jpg").read_bytes()
         assert pack.same[index] == (len(line) == 3)
         assert pack.fold[index] == index // 200
-    assert len(pack.names) == len(shown)
+    assert len(pack.images) == len(shown)

@@ -6,6 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from eval.embedder import Embedder
@@ -234,7 +235,7 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 def corner_embedder(batch_size: int = 3, calls: list | None = None) -> Embedder:
     """The embedding is the pixel (row 0, column 0) as three numbers."""
 
-    def forward(pixels: np.ndarray) -> np.ndarray:
+    def forward(pixels: torch.Tensor) -> torch.Tensor:
         if calls is not None:
             calls.append(len(pixels))
         return pixels[:, :, 0, 0]
@@ -324,8 +325,8 @@ def test_one_fold_is_refused(people):
 def test_an_image_whose_embedding_is_not_finite_is_named(people, value):
     counter = itertools.count()
 
-    def forward(pixels: np.ndarray) -> np.ndarray:
-        out = np.ones((len(pixels), 4), np.float32)
+    def forward(pixels: torch.Tensor) -> torch.Tensor:
+        out = torch.ones(len(pixels), 4)
         out[1] = value if next(counter) in (2, 3) else 1  # the second batch: images 3, 4, 5
         return out
 

@@ -1,0 +1,6 @@
+"""The commands of ``python -m eval``, a module each: ``DESCRIPTION``, ``add_arguments(parser)``, ``run(args)``, which raises EvalError."""
+
+COMMANDS = {  # name of the module -> what its line in --help says
+    "pairs": "verification accuracy and TAR@FAR on a list of pairs (LFW, CFP, AgeDB)",
+    "pack": "a folder of images and its pairs, or the field's .bin, as one safe file",
+}

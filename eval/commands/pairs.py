@@ -1,0 +1,56 @@
+"""``python -m eval pairs``."""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from data_pipeline.output import replace_file
+from eval.commands.shared import Progress, add_model, add_pairs_folder, check_output, open_model, open_pairs
+from eval.pair_pack import SUFFIX
+from eval.pairs import FAR_TARGETS, PairReport, evaluate_pairs
+
+DESCRIPTION = (
+    "Embed every image of the pairs and its mirror, sum and normalise, and score each pair by cosine. Prints accuracy over the folds "
+    f"(threshold chosen on the others) and TAR at FAR {', '.join(f'{far:.0e}' for far in FAR_TARGETS)}, as far as the pairs resolve them."
+)
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    add_model(command)
+    add_pairs_folder(command)
+    command.add_argument("--pack", type=Path, metavar="FILE", help=f"instead of both: NAME{SUFFIX}, or the field's NAME.bin")
+    command.add_argument("--json", type=Path, help="also write every number, per fold too, to this file")
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.json:
+        check_output(args.json, "--json")
+    pairs = open_pairs(args.images, args.pairs, args.pack, "--pack FILE")
+    embedder = open_model(args)
+    report = evaluate_pairs(embedder, pairs, progress=Progress())
+    _print(report)
+    if args.json:
+        record = {
+            "protocol": "pairs",
+            "model": embedder.source,
+            "model_sha256": embedder.digest,
+            "input_range": embedder.input_range,
+            "batch_size": embedder.batch_size,
+            "source": pairs.origin,
+            **({"pack": str(args.pack)} if args.pack else {"images": str(args.images), "pairs": str(args.pairs)}),
+            **asdict(report),
+            "images_per_second": report.images_per_second,
+        }
+        replace_file(args.json, json.dumps(record, indent=2) + "\n")
+
+
+def _print(report: PairReport) -> None:
+    print(f"{report.num_pairs} pairs of {report.num_images} images, embeddings of {report.embedding_size}")
+    for name, accuracy in (("accuracy", report.accuracy), ("accuracy with exact thresholds", report.accuracy_exact)):
+        print(f"{name} {100 * accuracy.mean:.2f} % (std {100 * accuracy.std:.2f} over {len(accuracy.accuracies)} folds)")
+    for point in report.tar_at_far:
+        print(f"TAR@FAR={point.far_target:.0e} {100 * point.tar:.2f} % (FAR {point.far:.2e} at cosine >= {point.threshold:.4f})")
+    for far in report.unresolved_far:
+        print(f"TAR@FAR={far:.0e} not resolved: needs {1 / far:.0f} impostor pairs")
+    print(f"{report.images_per_second:.1f} images/s (each with its mirror), {report.seconds:.1f} s")

@@ -1,0 +1,80 @@
+"""What several commands have in common: options, checks of outputs, progress."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from eval.embedder import INPUT_RANGES, Embedder, load_embedder
+from eval.errors import EvalError
+from eval.pair_pack import open_pack
+from eval.pair_set import PairSet
+from eval.pairs_file import find_pairs
+from eval.weights import KINDS
+
+
+def add_model(command: argparse.ArgumentParser) -> None:
+    """--model, --input-range and --batch-size, for ``open_model``."""
+    command.add_argument("--model", required=True, type=Path, help=f"{KINDS} or an .onnx file")
+    command.add_argument(
+        "--input-range",
+        choices=("auto", *INPUT_RANGES),
+        default="auto",
+        help="pixel values that the model takes; auto: 0..255 for an ONNX graph that begins with a Sub and a Mul or Div, else -1..1",
+    )
+    command.add_argument("--batch-size", type=int, default=64, help="images per forward (default 64; a fixed-batch graph keeps its own)")
+
+
+def open_model(args: argparse.Namespace) -> Embedder:
+    """The model that the command line names, and a line about it on stdout."""
+    embedder = load_embedder(args.model, args.input_range, args.batch_size)
+    how = "read from the model" if args.input_range == "auto" else "as told"
+    print(f"model {embedder.source}\ninput range {embedder.input_range} ({how}), batch size {embedder.batch_size}", flush=True)
+    return embedder
+
+
+def add_pairs_folder(command: argparse.ArgumentParser) -> None:
+    """--images and --pairs, for ``open_pairs``."""
+    command.add_argument("--images", type=Path, metavar="DIR", help="holds <Name>/<Name>_0001.jpg (.png, .jpeg): aligned, 112 x 112")
+    command.add_argument(
+        "--pairs", type=Path, metavar="PAIRS.txt", help="LFW format: 'folds n', then per fold n genuine and n impostor lines"
+    )
+
+
+def open_pairs(images: Path | None, pairs_file: Path | None, pack: Path | None, pack_option: str) -> PairSet:
+    """The pairs of a folder or of a pack, whichever of the two the command line gives."""
+    if pack and not images and not pairs_file:
+        return open_pack(pack)
+    if images and pairs_file and not pack:
+        return find_pairs(images, pairs_file)
+    raise EvalError(f"give either --images DIR and --pairs PAIRS.txt, or {pack_option}")
+
+
+def check_output(path: Path, option: str) -> None:
+    """Before the work: can the file be written?"""
+    if not path.parent.is_dir():
+        raise EvalError(f"{path}: no such folder: {path.parent}")
+    if path.is_dir():
+        raise EvalError(f"{path}: is a folder; {option} names a file")
+
+
+class Progress:
+    """One line on stderr, rewritten at most once a second on a terminal, and written every 30 s elsewhere: done, rate, time left.
+
+    Args:
+        unit: of what is counted, in the plural.
+    """
+
+    def __init__(self, unit: str = "images") -> None:
+        self._unit = unit
+        self._tty = sys.stderr.isatty()
+        self._start = self._last = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done < total and now - self._last < (1 if self._tty else 30):
+            return
+        self._last = now
+        rate = done / max(now - self._start, 1e-9)
+        line = f"{done}/{total} {self._unit}, {rate:.0f}/s, {(total - done) / rate:.0f} s left"
+        print(f"\r{line:<60}" if self._tty else line, end="\n" if done == total or not self._tty else "", file=sys.stderr, flush=True)

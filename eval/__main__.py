@@ -3,24 +3,38 @@
 import argparse
 import importlib
 import sys
+from datetime import timedelta
 
 from eval.commands import COMMANDS
 from eval.embedder import INPUT_RANGES
 from eval.errors import EvalError
+from train.dist import RankError, process_group, read_ranks
 
 
 def main(argv: list[str]) -> int:
     """Run one command. Returns the exit code: 0, 2 after ``error: ...`` on stderr, 130 when interrupted."""
-    args = _parser().parse_args(_join_input_range(argv))
+    args = _parser().parse_args(_join_input_range([word for word in argv if not word.startswith("--local_rank=")]))  # the launcher's
+    args.ranks = read_ranks()
     try:
-        args.run(args)
-    except (EvalError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if args.ranks.world_size > 1:
+            _run_on_ranks(args)
+        else:
+            args.run(args)
+    except (EvalError, RankError, OSError) as error:
+        if args.ranks.is_first or not isinstance(error, RankError | EvalError):  # those are raised alike on every rank
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted; nothing was written", file=sys.stderr)
         return 130
     return 0
+
+
+def _run_on_ranks(args: argparse.Namespace) -> None:
+    if not args.on_ranks:
+        raise EvalError(f"{args.name} is work for one process; start it without a launcher")
+    with process_group(args.ranks, timedelta(minutes=30)) as args.ranks:
+        args.run(args)
 
 
 def _join_input_range(argv: list[str]) -> list[str]:
@@ -41,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         module = importlib.import_module(f"eval.commands.{name}")
         command = commands.add_parser(name, help=summary, description=module.DESCRIPTION)
         module.add_arguments(command)
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, name=name, on_ranks=getattr(module, "ON_RANKS", False))
     return parser
 
 

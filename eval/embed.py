@@ -1,12 +1,25 @@
-"""The one way from images to embeddings: in batches, and over ranks."""
+"""The one way from images to embeddings: in batches, decoded ahead, spread over ranks, and kept for the next time."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
 
 import numpy as np
+import torch
+import torch.distributed as dist
 
+from eval.cache import EmbeddingCache, description, image_digest
+from eval.decoding import decode_ahead
 from eval.embedder import Embedder
 from eval.errors import EvalError
 from eval.images import FaceImages
+from model.vit import IMAGE_SIZE
+
+BATCHES_BETWEEN_GATHERS = 8  # of each rank
+Progress = Callable[[int, int], None]
 
 
 def embed(
@@ -14,30 +27,175 @@ def embed(
     images: FaceImages,
     *,
     mirror: bool,
-    progress: Callable[[int, int], None] | None = None,
-) -> np.ndarray:
+    group: dist.ProcessGroup | None = None,
+    decoder: str = "pillow",
+    cache: EmbeddingCache | None = None,
+    progress: Progress | None = None,
+) -> np.ndarray | None:
     """Embed every image once.
 
+    Ranks take equal shares, forward for forward, so that a model that is spread over them (ZeRO 3) works too; where images do not suffice
+    for that a rank repeats one, and its embedding is dropped.
+
     Args:
-        embedder: any model, see ``eval.embedder``.
+        embedder: any model, see ``eval.embedder``; the same on every rank.
         mirror: embed each image's mirror too.
-        progress: called as (images done, images in all) after each batch.
-    Returns: [n, 2, D] float32, each image and its mirror, or [n, 1, D] without mirrors; not normalised.
-    Raises: EvalError that names the image when it is unreadable, of another size, or its embedding is zero or not finite.
+        group: ranks that share the work; None is this process alone.
+        decoder: one of ``eval.decoding.DECODERS``.
+        cache: where embeddings are looked up and kept; the first rank's counts.
+        progress: called on the first rank as (images done, images in all) after each batch.
+    Returns: on the first rank [n, 2, D] float32, each image and its mirror, or [n, 1, D] without mirrors, not normalised; from a cache it
+        is read-only and lies on the disk. None on the others.
+    Raises: EvalError on every rank that names the image when it is unreadable, of another size, or its embedding is zero or not finite.
+    Collectives: a gather of texts and one of embeddings for every BATCHES_BETWEEN_GATHERS batches; with a cache, two more.
     """
-    rows, total = [], len(images)
-    for start in range(0, total, embedder.batch_size):
-        batch = range(start, min(start + embedder.batch_size, total))
-        pixels = np.stack([images.decode(image) for image in batch])
-        views = [embedder(pixels), embedder(np.ascontiguousarray(pixels[:, :, ::-1]))] if mirror else [embedder(pixels)]
-        rows.append(np.stack(views, axis=1))
-        norms = np.linalg.norm(rows[-1], axis=(1, 2))
-        bad = ~(np.isfinite(norms) & (norms > 0))
-        if bad.any():
-            raise EvalError(
-                f"{images.names[batch[int(np.argmax(bad))]]}: its embedding is zero or not finite ({bad.sum()} of {len(batch)} in its "
-                f"batch); check {embedder.source} and its input range, {embedder.input_range}"
-            )
-        if progress:
-            progress(batch.stop, total)
-    return np.concatenate(rows)
+    ranks = _Ranks.of(group)
+
+    def fill(allocate: Callable[[tuple[int, ...]], np.ndarray]) -> np.ndarray | None:
+        return _embed(embedder, images, mirror, ranks, decoder, allocate, progress)
+
+    if cache is None:
+        return fill(lambda shape: np.empty(shape, np.float32))
+    about = description(embedder.digest, _digests(images, ranks), mirror)
+    found = ranks.from_first(lambda: cache.read(about) is not None)
+    if not found and ranks.rank == 0:
+        cache.write(about, fill)
+    elif not found:
+        fill(lambda shape: np.empty(shape, np.float32))
+    return cache.read(about) if ranks.rank == 0 else None
+
+
+def _embed(
+    embedder: Embedder,
+    images: FaceImages,
+    mirror: bool,
+    ranks: _Ranks,
+    decoder: str,
+    allocate: Callable[[tuple[int, ...]], np.ndarray],
+    progress: Progress | None,
+) -> np.ndarray | None:
+    total, rows = len(images), None
+    chunks = list(_chunks(total, embedder.batch_size, ranks.world_size))
+    batches = [batch for chunk in chunks for batch in chunk.batches(ranks.rank)]
+    with closing(decode_ahead(images, batches, decoder, embedder.device)) as decoded:
+        for chunk in chunks:
+            parts, problem = [], None
+            for batch in chunk.batches(ranks.rank):
+                pixels = next(decoded)
+                if isinstance(pixels, EvalError):
+                    problem = problem or str(pixels)
+                    pixels = torch.zeros(len(batch), IMAGE_SIZE, IMAGE_SIZE, 3, dtype=torch.uint8)  # the others wait for this forward
+                try:
+                    parts.append(_views(embedder, pixels, mirror))
+                    if problem is None:
+                        _check(parts[-1], batch, images, embedder)
+                except EvalError as error:
+                    problem = problem or str(error)
+                if progress and ranks.rank == 0:
+                    progress(min(chunk.start + ranks.world_size * (batch[-1] + 1 - chunk.start), chunk.stop), total)
+            ranks.raise_any(problem)
+            gathered = ranks.gather_rows(np.concatenate(parts))
+            if gathered is not None:
+                if rows is None:
+                    rows = allocate((total, *gathered.shape[1:]))
+                rows[chunk.start : chunk.stop] = gathered[: chunk.stop - chunk.start]
+    return rows
+
+
+def _views(embedder: Embedder, pixels: torch.Tensor, mirror: bool) -> np.ndarray:
+    views = [embedder(pixels)]
+    if mirror:
+        views.append(embedder(pixels.flip(2)))
+    return np.stack(views, axis=1)
+
+
+def _check(rows: np.ndarray, batch: range, images: FaceImages, embedder: Embedder) -> None:
+    norms = np.linalg.norm(rows, axis=(1, 2))
+    bad = ~(np.isfinite(norms) & (norms > 0))
+    if bad.any():
+        raise EvalError(
+            f"{images.names[batch[int(np.argmax(bad))]]}: its embedding is zero or not finite ({bad.sum()} of {len(batch)} in its "
+            f"batch); check {embedder.source} and its input range, {embedder.input_range}"
+        )
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Images [start, stop), embedded between two gathers: rank r takes the r-th of equal parts of them."""
+
+    start: int
+    stop: int
+    batch_size: int
+    world_size: int
+
+    def batches(self, rank: int) -> list[list[int]]:
+        """Equally many, of equal sizes, on every rank: beyond the last image, the last image again."""
+        each = -(-(self.stop - self.start) // self.world_size)
+        first = self.start + rank * each
+        mine = [min(image, self.stop - 1) for image in range(first, first + each)]
+        return [mine[at : at + self.batch_size] for at in range(0, each, self.batch_size)]
+
+
+def _chunks(total: int, batch_size: int, world_size: int) -> Iterator[_Chunk]:
+    size = batch_size * world_size * BATCHES_BETWEEN_GATHERS
+    for start in range(0, total, size):
+        yield _Chunk(start, min(start + size, total), batch_size, world_size)
+
+
+def _digests(images: FaceImages, ranks: _Ranks) -> list[bytes]:
+    """Of every image, in order, on every rank; each rank hashes its share."""
+    mine, problem = [], None
+    try:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            mine = list(pool.map(lambda image: image_digest(images, image), range(ranks.rank, len(images), ranks.world_size)))
+    except EvalError as error:
+        problem = str(error)
+    ranks.raise_any(problem)
+    shares = ranks.gather(mine)
+    return [shares[image % ranks.world_size][image // ranks.world_size] for image in range(len(images))]
+
+
+@dataclass(frozen=True)
+class _Ranks:
+    """The processes of a group; None is this one alone."""
+
+    group: dist.ProcessGroup | None
+    rank: int
+    world_size: int
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup | None) -> _Ranks:
+        return cls(None, 0, 1) if group is None else cls(group, dist.get_rank(group), dist.get_world_size(group))
+
+    def gather(self, value: object) -> list:
+        values = [value] * self.world_size
+        if self.group is not None:
+            dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def raise_any(self, problem: str | None) -> None:
+        """Raise the first rank's problem on all."""
+        problems = [text for text in self.gather(problem) if text is not None]
+        if problems:
+            raise EvalError(problems[0])
+
+    def from_first(self, action: Callable[[], object]) -> object:
+        """What ``action`` returns on the first rank, or raises there, on all."""
+        result, problem = None, None
+        if self.rank == 0:
+            try:
+                result = action()
+            except EvalError as error:
+                problem = str(error)
+        self.raise_any(problem)
+        return self.gather(result)[0]
+
+    def gather_rows(self, rows: np.ndarray) -> np.ndarray | None:
+        """[b, ...] of each rank -> [b * world_size, ...] in rank order, on the first; None on the others."""
+        if self.group is None:
+            return rows
+        on_gpu = dist.get_backend(self.group) == "nccl"
+        mine = torch.from_numpy(rows).cuda() if on_gpu else torch.from_numpy(rows)
+        parts = [torch.empty_like(mine) for _ in range(self.world_size)] if self.rank == 0 else None
+        dist.gather(mine, parts, group=self.group, group_dst=0)
+        return torch.cat(parts).cpu().numpy() if parts else None

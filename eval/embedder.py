@@ -4,7 +4,7 @@
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -32,7 +32,7 @@ class Embedder:
         batch_size: most images per forward.
         pad: fill the last batch up to ``batch_size`` with black images and drop their rows (for graphs of a fixed batch size).
         device: where pixels are normalised.
-        file: what holds the model; None for a live network.
+        files: what holds the model; empty for a live network.
     """
 
     def __init__(
@@ -44,21 +44,22 @@ class Embedder:
         batch_size: int = 64,
         pad: bool = False,
         device: torch.device | str = "cpu",
-        file: Path | None = None,
+        files: Sequence[Path] = (),
     ):
         if batch_size < 1:
             raise EvalError(f"batch size must be at least 1, got {batch_size}")
-        self._forward, self._pad, self._file = forward, pad, file
+        self._forward, self._pad, self._files = forward, pad, files
         self.source, self.input_range, self.batch_size, self.device = source, input_range, batch_size, torch.device(device)
 
     @cached_property
     def digest(self) -> str | None:
-        """SHA-256 of the model's file and its input range, in hex: equal models embed equally. None for a live network."""
-        if self._file is None:
+        """SHA-256 of the model's files and its input range, in hex: equal models embed equally. None for a live network."""
+        if not self._files:
             return None
-        with self._file.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256")
-        content.update(self.input_range.encode())
+        content = hashlib.sha256(self.input_range.encode())
+        for path in self._files:
+            with path.open("rb") as file:
+                content.update(hashlib.file_digest(file, "sha256").digest())
         return content.hexdigest()
 
     def __call__(self, images: np.ndarray | Tensor) -> np.ndarray:
@@ -104,14 +105,14 @@ def load_embedder(model: str | Path, input_range: str = "auto", batch_size: int 
     if input_range == "0..255":
         raise EvalError(f"{path}: backbone weights take pixels in -1..1, so --input-range 0..255 can't be right; leave it at auto")
     net = backbone.net.to("cuda" if torch.cuda.is_available() else "cpu")
-    return module_embedder(net, source=str(backbone.file), batch_size=batch_size, file=backbone.file)
+    return module_embedder(net, source=str(backbone.file), batch_size=batch_size, files=[backbone.file])
 
 
-def module_embedder(net: nn.Module, *, source: str, batch_size: int = 64, file: Path | None = None) -> Embedder:
+def module_embedder(net: nn.Module, *, source: str, batch_size: int = 64, files: Sequence[Path] = ()) -> Embedder:
     """Embed with a network that takes [b, 3, 112, 112] in [-1, 1], as training builds it.
 
-    Each call runs it in eval mode, without gradients, on the device of its parameters, and leaves its mode as it was. ``file``: what it
-    was loaded from, if it is to stay as it is.
+    Each call runs it in eval mode, without gradients, on the device of its parameters, and leaves its mode as it was. ``files``: what
+    it was loaded from, if it is to stay as it is.
     """
 
     def forward(pixels: Tensor) -> Tensor:
@@ -124,12 +125,13 @@ def module_embedder(net: nn.Module, *, source: str, batch_size: int = 64, file: 
             net.train(was_training)
 
     device = next(net.parameters()).device
-    return Embedder(forward, source=source, input_range="-1..1", batch_size=batch_size, device=device, file=file)
+    return Embedder(forward, source=source, input_range="-1..1", batch_size=batch_size, device=device, files=files)
 
 
 def _onnx_embedder(path: Path, input_range: str, batch_size: int) -> Embedder:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only; old exports list every weight as an input, one warning each
+    options.intra_op_num_threads = torch.get_num_threads()  # a launcher gives each rank its part of the cores
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors share no narrower base class
@@ -143,10 +145,11 @@ def _onnx_embedder(path: Path, input_range: str, batch_size: int) -> Embedder:
     sizes = [got if isinstance(got, int) else want for got, want in zip(shape[1:], wanted, strict=False)]  # a named size fits any
     if dtype != "tensor(float)" or len(shape) != 4 or sizes != wanted:
         raise EvalError(f"{path}: expected {inputs[0].name} to be a tensor(float) of shape {['b', *wanted]}, found {dtype} of {shape}")
+    graph = onnx.load(str(path), load_external_data=False).graph
     fixed_batch = isinstance(shape[0], int) and shape[0] > 0
 
     if input_range == "auto":
-        input_range = "0..255" if _normalises_itself(path) else "-1..1"
+        input_range = "0..255" if _normalises_itself(graph) else "-1..1"
     output = session.get_outputs()[0].name
 
     def forward(pixels: Tensor) -> Tensor:
@@ -161,10 +164,15 @@ def _onnx_embedder(path: Path, input_range: str, batch_size: int) -> Embedder:
         input_range=input_range,
         batch_size=shape[0] if fixed_batch else batch_size,
         pad=fixed_batch,
-        file=path,
+        files=[path, *(path.parent / location for location in _external_files(graph))],
     )
 
 
-def _normalises_itself(path: Path) -> bool:
-    first = [node.op_type for node in onnx.load(str(path), load_external_data=False).graph.node[:NORMALISING_NODES]]
+def _normalises_itself(graph: onnx.GraphProto) -> bool:
+    first = [node.op_type for node in graph.node[:NORMALISING_NODES]]
     return "Sub" in first and any(op in ("Mul", "Div") for op in first[first.index("Sub") + 1 :])
+
+
+def _external_files(graph: onnx.GraphProto) -> list[str]:
+    """Names of the files beside a graph that hold weights of it; onnxruntime has seen to it that they lie there."""
+    return sorted({entry.value for weight in graph.initializer for entry in weight.external_data if entry.key == "location"})

@@ -1,7 +1,8 @@
 """Images of faces, wherever they lie: what embedding needs, and no more."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,16 +32,27 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
 
     Raises: EvalError that begins with ``name`` when it can't be decoded, has another size, or more than 8 bits per channel.
     """
+    with _opened(data, name) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def check_header(data: bytes, name: str) -> None:
+    """Raise what ``decode_image`` would for what its header says."""
+    with _opened(data, name):
+        pass
+
+
+@contextmanager
+def _opened(data: bytes, name: str) -> Iterator[Image.Image]:
     try:
         # No other formats: for some Pillow runs programs, whatever the name of the file says.
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
-            mode, (width, height) = image.mode, image.size
-            right_size = width == height == IMAGE_SIZE
-            pixels = np.asarray(image.convert("RGB")) if right_size else None  # a few bytes may claim to be gigapixels
+            if image.size != (IMAGE_SIZE, IMAGE_SIZE):  # before decoding: a few bytes may claim to be gigapixels
+                raise EvalError(f"expected an aligned {IMAGE_SIZE} x {IMAGE_SIZE} face, found {image.width} x {image.height} pixels")
+            if image.mode[0] in "IF":  # Pillow would clip them to white
+                raise EvalError(f"more than 8 bits per pixel and channel (mode {image.mode}), expected 8")
+            yield image
+    except EvalError as error:
+        raise EvalError(f"{name}: {error}") from None
     except Exception as error:  # Pillow's errors on damaged files share no narrower base class
         raise EvalError(f"{name}: not a readable image: {error}") from error
-    if not right_size:
-        raise EvalError(f"{name}: expected an aligned {IMAGE_SIZE} x {IMAGE_SIZE} face, found {width} x {height} pixels")
-    if mode[0] in "IF":  # Pillow has clipped them to white
-        raise EvalError(f"{name}: more than 8 bits per pixel and channel (mode {mode}), expected 8")
-    return pixels

@@ -4,8 +4,9 @@ The embedding of an image and that of its mirror are summed and L2-normalised; a
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -36,18 +37,22 @@ class PairReport:
         return self.num_images / self.seconds
 
 
-def evaluate_pairs(embedder: Embedder, pairs: PairSet, progress: Callable[[int, int], None] | None = None) -> PairReport:
+def evaluate_pairs(embedder: Embedder, pairs: PairSet, **options: Any) -> PairReport | None:
     """Embed every image of the pairs once and score them.
 
     Args:
         embedder: any model, see ``eval.embedder``.
         pairs: a folder's (``eval.pairs_file.find_pairs``) or a pack's (``eval.pair_pack.open_pack``).
-        progress: called as (images done, images in all) after each batch.
+        options: of ``eval.embed.embed``: group, decoder, cache, progress.
+    Returns: the report on the first rank of the group, None on the others.
     Raises: EvalError that names the image when it is unreadable, of another size, or its embedding is not finite.
+    Collectives: those of ``embed``.
     """
     start = time.perf_counter()
-    rows = embed(embedder, pairs.images, mirror=True, progress=progress)
+    rows = embed(embedder, pairs.images, mirror=True, **options)
     seconds = time.perf_counter() - start
+    if rows is None:
+        return None
     embeddings = _unit_sums(rows, pairs.images.names, embedder)
     first, second = embeddings[pairs.pairs[:, 0]], embeddings[pairs.pairs[:, 1]]
     scores, same = (first * second).sum(axis=1), pairs.same

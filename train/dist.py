@@ -64,7 +64,9 @@ class Ranks:
         return float(value)
 
     def gather(self, value: object) -> list:
-        """Every rank's picklable ``value`` in rank order, on every rank."""
+        """Every rank's picklable ``value`` in rank order, on every rank. A process without a group is alone."""
+        if self.group is None:
+            return [value]
         values = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.group)
         return values

@@ -1,4 +1,7 @@
-"""The commands of ``python -m eval``, a module each: ``DESCRIPTION``, ``add_arguments(parser)``, ``run(args)``, which raises EvalError."""
+"""The commands of ``python -m eval``, a module each: ``DESCRIPTION``, ``add_arguments(parser)``, ``run(args)``, which raises EvalError.
+
+``args.ranks`` are the launcher's (``train.dist.Ranks``); a module that can use several says ``ON_RANKS = True``.
+"""
 
 COMMANDS = {  # name of the module -> what its line in --help says
     "pairs": "verification accuracy and TAR@FAR on a list of pairs (LFW, CFP, AgeDB)",

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from data_pipeline.output import replace_file
-from eval.commands.shared import Progress, add_model, add_pairs_folder, check_output, open_model, open_pairs
+from eval.commands.shared import add_embedding, add_model, add_pairs_folder, check_output, embed_options, open_model, open_pairs
 from eval.pair_pack import SUFFIX
 from eval.pairs import FAR_TARGETS, PairReport, evaluate_pairs
 
@@ -15,9 +15,12 @@ DESCRIPTION = (
     f"(threshold chosen on the others) and TAR at FAR {', '.join(f'{far:.0e}' for far in FAR_TARGETS)}, as far as the pairs resolve them."
 )
 
+ON_RANKS = True
+
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     add_model(command)
+    add_embedding(command)
     add_pairs_folder(command)
     command.add_argument("--pack", type=Path, metavar="FILE", help=f"instead of both: NAME{SUFFIX}, or the field's NAME.bin")
     command.add_argument("--json", type=Path, help="also write every number, per fold too, to this file")
@@ -26,9 +29,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.json:
         check_output(args.json, "--json")
-    pairs = open_pairs(args.images, args.pairs, args.pack, "--pack FILE")
+    pairs = args.ranks.together(lambda: open_pairs(args.images, args.pairs, args.pack, "--pack FILE"))
     embedder = open_model(args)
-    report = evaluate_pairs(embedder, pairs, progress=Progress())
+    report = evaluate_pairs(embedder, pairs, **embed_options(args))
+    if report is None:
+        return
     _print(report)
     if args.json:
         record = {

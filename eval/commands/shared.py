@@ -4,7 +4,10 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+from eval.cache import EmbeddingCache
+from eval.decoding import DECODERS
 from eval.embedder import INPUT_RANGES, Embedder, load_embedder
 from eval.errors import EvalError
 from eval.pair_pack import open_pack
@@ -26,11 +29,25 @@ def add_model(command: argparse.ArgumentParser) -> None:
 
 
 def open_model(args: argparse.Namespace) -> Embedder:
-    """The model that the command line names, and a line about it on stdout."""
-    embedder = load_embedder(args.model, args.input_range, args.batch_size)
+    """The model that the command line names, and a line about it on stdout. Collectives: one gather."""
+    embedder = args.ranks.together(lambda: load_embedder(args.model, args.input_range, args.batch_size))
     how = "read from the model" if args.input_range == "auto" else "as told"
-    print(f"model {embedder.source}\ninput range {embedder.input_range} ({how}), batch size {embedder.batch_size}", flush=True)
+    args.ranks.say(f"model {embedder.source}\ninput range {embedder.input_range} ({how}), batch size {embedder.batch_size}")
     return embedder
+
+
+def add_embedding(command: argparse.ArgumentParser) -> None:
+    """--decoder and --cache, for ``embed_options``."""
+    command.add_argument(
+        "--decoder", choices=DECODERS, default="pillow", help="what decodes images: Pillow in threads (default), or DALI, on the GPU if any"
+    )
+    command.add_argument("--cache", type=Path, metavar="DIR", help="keep embeddings there, and take them from there the next time")
+
+
+def embed_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What the command line says of ``eval.embed.embed``."""
+    cache = EmbeddingCache(args.cache) if args.cache else None
+    return {"group": args.ranks.group, "decoder": args.decoder, "cache": cache, "progress": Progress()}
 
 
 def add_pairs_folder(command: argparse.ArgumentParser) -> None:

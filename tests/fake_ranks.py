@@ -27,7 +27,8 @@ _BY_LABEL = {
     "lvface_head_classes": {"held": 100.0, "sampled": 30.0, "positive": 8.0},
     "lvface_records_total": {"read": 64.0, "replaced": 0.0},
     "lvface_memory_bytes": {"used": 5e10, "peak": 6e10, "total": 8e10},
-    "lvface_evaluation_true_accept_ratio": {"0.001": 0.9},
+    "lvface_evaluation_accuracy_ratio": {"lfw": 0.99},
+    "lvface_evaluation_true_accept_ratio": {("lfw", "0.001"): 0.9},
 }
 _FIRST_RANK_ONLY = ("step", "timestamp_seconds", "size_bytes", "free_bytes")  # of lvface_checkpoint_; NaN elsewhere
 
@@ -55,7 +56,6 @@ def values(rank: int, scrape: int) -> dict[str, Value]:
             made_up[spec.name] = special.get(spec.name, float(scrape) if spec.kind == "counter" else 1.0)
     if rank:
         made_up |= {f"lvface_checkpoint_{name}": math.nan for name in _FIRST_RANK_ONLY}
-        made_up = {name: value for name, value in made_up.items() if not name.startswith("lvface_evaluation")}
     return made_up
 
 

@@ -134,7 +134,8 @@ def _train(cfg, ds_config, summary, ranks, stop, watchdog) -> None:
         return
     run.progress.close()
     watchdog.enter("end", run.step)
-    ranks.together(lambda: write_summary(run, *evaluate(run)) if ranks.is_first else None)
+    reports = evaluate(run)
+    ranks.together(lambda: write_summary(run, *reports) if ranks.is_first else None)
     if ranks.is_first:
         _report(cfg.output, ranks.say)
     run.close()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def contradictions(run: RunConfig) -> Iterator[Problem]:
     """Every contradiction: where it stands, and what is wrong there."""
     checks = (_preset_problems, _batch_problems, _margin_problems, _schedule_problems, _stage_problems)
-    for check in (*checks, _checkpoint_problems, _watchdog_problems):
+    for check in (*checks, _eval_problems, _checkpoint_problems, _watchdog_problems):
         yield from check(run)
 
 
@@ -58,11 +58,21 @@ def _curve_problems(
             yield (*key, f"warmup_{unit}"), f"is {warmup:g}, longer than the {what} of {sum(lengths)} {unit}"
 
 
+def _eval_problems(run: RunConfig) -> Iterator[Problem]:
+    if run.eval is None:
+        return
+    for given, missing in (("images", "pairs"), ("pairs", "images")):
+        if getattr(run.eval, given) and not getattr(run.eval, missing):
+            yield ("eval", missing), f"required beside eval.{given}, but not given"
+    if not (run.eval.images or run.eval.pairs or run.eval.packs):
+        yield ("eval",), "names no pairs: give images and pairs, or packs"
+
+
 def _checkpoint_problems(run: RunConfig) -> Iterator[Problem]:
     if run.checkpoint.keep_best and not (run.eval and run.eval.every_checkpoint):
         yield (
             ("checkpoint", "keep_best"),
-            "compares pair accuracies: set eval.images, eval.pairs and eval.every_checkpoint",
+            "compares pair accuracies: set eval.images and eval.pairs, or eval.packs, and eval.every_checkpoint",
         )
 
 

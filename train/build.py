@@ -13,7 +13,6 @@ import torch
 from data_pipeline.augment import Augment
 from data_pipeline.graph import Decode
 from data_pipeline.loader import FaceLoader
-from eval.pairs_file import find_pairs
 from model.partial_fc import PartialFC
 from model.vit import build_vit
 from train.checkpoint import Checkpoints, Identity, Layout, Saved
@@ -49,14 +48,12 @@ def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks:
     """
 
     lock = ranks.together(lambda: OutputLock(cfg.output, ranks.say) if ranks.is_first else None)
-    if cfg.eval:
-        ranks.together(lambda: find_pairs(cfg.eval.images, cfg.eval.pairs) if ranks.is_first else None)
     if cfg.model.compile:
         ranks.together(lambda: require_compiler(ranks.device))
     if cfg.metrics.tensorboard:
         ranks.together(lambda: require_tensorboard() if ranks.is_first else None)
-    verification = PairVerification(cfg.eval) if cfg.eval else None
-    checkpoints = _open_checkpoints(cfg, ds_config, summary, ranks, verification)
+    verification = PairVerification(cfg.eval, ranks) if cfg.eval else None
+    checkpoints = _open_checkpoints(cfg, ds_config, summary, ranks)
     newest = checkpoints.newest()
     saved = ranks.together(lambda: _read_checkpoint(cfg, checkpoints, newest))
     if saved:
@@ -124,9 +121,7 @@ def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks:
     return run
 
 
-def _open_checkpoints(
-    cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks: Ranks, verification: PairVerification | None
-) -> Checkpoints:
+def _open_checkpoints(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks: Ranks) -> Checkpoints:
     """Collectives: those of Checkpoints."""
     batches = [cfg.stage_batch(index) for index in range(len(cfg.stages))]
     recipe = cfg.mathematics()
@@ -138,8 +133,7 @@ def _open_checkpoints(
     layout = Layout(ranks.world_size, summary.zero_stage, [batch.micro_batch_size for batch in batches])
     keep = cfg.checkpoint
     retention = Retention(keep.keep_last, keep.keep_every_steps, keep.keep_best)
-    score = verification.accuracy if verification and cfg.eval.every_checkpoint else None
-    return Checkpoints(cfg.output / "checkpoints", ranks, identity, layout, retention, cfg.model.name, score)
+    return Checkpoints(cfg.output / "checkpoints", ranks, identity, layout, retention, cfg.model.name)
 
 
 def _product_dtype(choice: str, precision: str, device: torch.device) -> torch.dtype:

@@ -9,7 +9,6 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,19 +99,12 @@ class Checkpoints:
         layout: Layout,
         retention: Retention,
         preset: str,
-        score: Callable[[Path], float] | None = None,
     ) -> None:
-        """
-        Args:
-            preset: name of the backbone in model.vit, for the metadata of the .safetensors.
-            score: of a backbone's weights file, higher is better; asked for each checkpoint on rank 0, in its thread. None: no scores.
-
-        Collectives: one broadcast.
-        """
+        """``preset``: name of the backbone in model.vit, for the metadata of the .safetensors. Collectives: one broadcast."""
         self.folder, self.report = CheckpointFolder(folder, ranks.say), SaveReport()
         self.last: Path | None = None  # the newest that this process committed (on rank 0) or went on from
         self._ranks, self._identity, self._layout, self._retention = ranks, identity, layout, retention
-        self._preset, self._score = preset, score
+        self._preset = preset
         self._token = ranks.broadcast(secrets.token_hex(4))
         self._host = HostCopy()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -121,12 +113,15 @@ class Checkpoints:
         self._written: Future | None = None  # this rank's file
         self._committed: Future | None = None  # on rank 0: all of it
 
-    def save(self, step: int, engine, ema: BackboneEma | None, rank_state: RankState, run_state: dict[str, Any]) -> None:
+    def save(
+        self, step: int, engine, ema: BackboneEma | None, rank_state: RankState, run_state: dict[str, Any], score: float | None = None
+    ) -> None:
         """Begin a checkpoint of ``step`` completed optimizer steps; :meth:`finish` ends it, at the latest the next save.
 
         Args:
             rank_state: this rank's tensors and plain values (torch.save, readable with weights_only); copied before this returns.
             run_state: JSON values that are equal on all ranks; rank 0's are kept.
+            score: of these weights, higher is better, by which checkpoints are kept; None: nobody knows.
 
         Raises RankError on every rank if the save before failed, or there is no room for this one. Collectives: two gathers, and those of
         finish and require_space.
@@ -151,6 +146,7 @@ class Checkpoints:
             "loss_scale": loss_scale(engine),
             "random": sorted(state["random"]),
             "run": run_state,
+            "score": score,
         }
         state = self._host.of(state)
         partial = self.folder.partial(step, self._token)
@@ -219,13 +215,13 @@ class Checkpoints:
             files[BACKBONE] = self._write_backbone(partial / BACKBONE, rank_files.backbone())
             if rank_files.of(0)["ema"]:
                 files[BACKBONE_EMA] = self._write_backbone(partial / BACKBONE_EMA, rank_files.backbone("mean"))
-            score = self._score(partial / BACKBONE) if self._score else None
-            self.last = self.folder.commit(partial, {**manifest, "score": score, "files": files}, self._retention)
+            self.last = self.folder.commit(partial, {**manifest, "files": files}, self._retention)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(_not_written(partial, error)) from error
         free, report = free_bytes(self.last), self.report
         report.write_seconds, report.step, report.free_bytes = time.monotonic() - begin, manifest["step"], free
         report.timestamp_seconds, report.size_bytes = time.time(), sum(entry["bytes"] for entry in files.values())
+        score = manifest["score"]
         report.score = math.nan if score is None else score
         scored = "" if score is None else f", score {score:.4f}"
         self._ranks.say(f"checkpoint {self.last} ({report.write_seconds:.1f} s, training waited {report.blocked_seconds:.2f} s{scored})")

@@ -263,7 +263,7 @@ class CheckpointConfig(Section):
     every_steps: PositiveInt | None = None  # optimizer steps; null: only at those ends
     keep_last: PositiveInt = 3  # the newest ones
     keep_every_steps: PositiveInt | None = None  # those of steps that are a multiple of it; null: none
-    keep_best: NonNegativeInt = 0  # those of the highest pair accuracy; needs eval.every_checkpoint
+    keep_best: NonNegativeInt = 0  # those of the highest pair accuracy, mean over the sets; needs eval.every_checkpoint
     grace_s: PositiveFloat = 25.0  # seconds from a signal to stop until the process ends, whatever it does then; launchers kill after 30
 
 
@@ -295,7 +295,8 @@ class WatchdogConfig(Section):
     data_s: Seconds = 300.0  # waiting for a batch, which each rank does by itself
     step_s: Seconds = 600.0  # head, forward, backward, optimizer and what lies between them: the others wait there for a rank without data
     checkpoint_s: Seconds = 1800.0  # saving
-    end_s: Seconds = 7200.0  # the evaluation at the end, by rank 0 while the others wait for it
+    evaluate_s: Seconds = 3600.0  # an evaluation while training
+    end_s: Seconds = 7200.0  # the evaluation at the end
 
     def key(self, phase: str) -> str:
         """The field whose deadline ``phase`` has."""
@@ -316,11 +317,13 @@ class WatchdogConfig(Section):
 
 
 class EvalConfig(Section):
-    """Pair verification at the end of training."""
+    """Pair verification by all ranks, at the end of training and, if asked for, in between. Every node needs the sets."""
 
-    images: Path  # folder of aligned 112 x 112 images
-    pairs: Path  # pairs.txt in LFW's format
-    every_checkpoint: bool = False  # of every checkpoint too, by rank 0, while training goes on
+    images: Path | None = None  # folder of aligned 112 x 112 images
+    pairs: Path | None = None  # pairs of them, pairs.txt in LFW's format
+    packs: tuple[Path, ...] = ()  # more sets: NAME.pairs.safetensors, or the field's NAME.bin
+    every_steps: PositiveInt | None = None  # optimizer steps; null: only where the next one says, and at the end
+    every_checkpoint: bool = False  # at every checkpoint that a stage or checkpoint.every_steps asks for: what keep_best compares
 
 
 class RunConfig(Section):
@@ -376,7 +379,7 @@ class RunConfig(Section):
 
     def shared_values(self) -> dict[str, Any]:
         """The fields that must be equal on all ranks, as JSON values: all but where things lie on a node."""
-        local = {"output": True, "data": {"path", "num_threads"}, "metrics": {"host", "port", "tls"}, "eval": {"images", "pairs"}}
+        local = {"output": True, "data": {"path", "num_threads"}, "metrics": {"host", "port", "tls"}, "eval": {"images", "pairs", "packs"}}
         return self.model_dump(mode="json", exclude=local)
 
     @model_validator(mode="after")

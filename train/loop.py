@@ -46,6 +46,9 @@ def train(run: Run) -> None:
         run.step += 1
         run.record(measured, lr, outcome)
         over = run.stage_is_over()
+        if run.evaluation_due():
+            with phase("evaluate"):
+                run.evaluate()
         if run.checkpoint_due():
             with phase("checkpoint"):
                 run.save()  # with head and data as the stage left them: what comes next may be changed (resume=branch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from model.observation import COSINE_EDGES
@@ -81,6 +81,8 @@ class StepRecord:
     checkpoint_size_bytes: float = math.nan
     checkpoint_free_bytes: float = math.nan
     checkpoint_score: float = math.nan
+    evaluation_step: float = math.nan  # of the newest evaluation
+    evaluation_accuracy: Mapping[str, float] = field(default_factory=dict)  # its, by set of pairs
 
     @property
     def stage_by_name(self) -> dict[str, int]:
@@ -104,8 +106,12 @@ class MetricSpec:
     unit: str
     meaning: str
     field: str = ""
-    label: str = ""
+    label: str | tuple[str, ...] = ""  # of several labels the values' keys are tuples
     edges: tuple[float, ...] = ()  # upper ones of a histogram's buckets
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return (self.label,) if isinstance(self.label, str) and self.label else tuple(self.label)
 
 
 TABLE = (
@@ -233,13 +239,14 @@ TABLE = (
     ),
     MetricSpec("lvface_checkpoint_size_bytes", "gauge", "bytes", "Its size; rank 0 alone", "checkpoint_size_bytes"),
     MetricSpec("lvface_checkpoint_free_bytes", "gauge", "bytes", "Free where checkpoints lie; rank 0 alone", "checkpoint_free_bytes"),
-    MetricSpec("lvface_evaluation_accuracy_ratio", "gauge", "ratio", "Pair accuracy of the newest evaluation; rank 0 alone"),
+    MetricSpec("lvface_evaluation_step", "gauge", "steps", "Step of the newest evaluation; equal on all ranks, as what it found"),
+    MetricSpec("lvface_evaluation_accuracy_ratio", "gauge", "ratio", "Its pair accuracy, by set of pairs", label="set"),
     MetricSpec(
         "lvface_evaluation_true_accept_ratio",
         "gauge",
         "ratio",
-        "Share of its genuine pairs accepted, by share of impostors accepted; rank 0 alone",
-        label="false_accept_rate",
+        "Share of its genuine pairs accepted, by set and by share of impostors accepted",
+        label=("set", "false_accept_rate"),
     ),
     MetricSpec("lvface_build_info", "gauge", "1", "Always 1; world_size, zero_stage and precision of this process"),
 )
@@ -249,6 +256,6 @@ def metrics_table() -> str:
     """The table as Markdown, for the documentation."""
     rows = ["| metric | type | unit | meaning |", "|---|---|---|---|"]
     for spec in TABLE:
-        label = f"{{{spec.label}}}" if spec.label else ""
+        label = f"{{{', '.join(spec.labels)}}}" if spec.label else ""
         rows.append(f"| `{spec.name}{label}` | {spec.kind} | {spec.unit} | {spec.meaning} |")
     return "\n".join(rows) + "\n"

@@ -27,7 +27,7 @@ from train.metric_table import TABLE, Histogram, MetricSpec, StepRecord
 
 PORTS_TO_TRY = 64
 LOG, TARGETS = "metrics.jsonl", "prometheus_targets.json"  # in the output
-Value = float | Mapping[str, float] | Histogram  # of a series; of its series by label
+Value = float | Mapping[str | tuple[str, ...], float] | Histogram  # of a series; of its series by label
 
 
 @dataclass(frozen=True)
@@ -147,11 +147,9 @@ def _family(spec: MetricSpec, value: Value) -> Metric:
         edges = [*map(str, spec.edges), "+Inf"]
         family.add_metric([], list(zip(edges, accumulate(value.counts), strict=True)), sum_value=value.total)
         return family
-    family = (CounterMetricFamily if spec.kind == "counter" else GaugeMetricFamily)(
-        spec.name, help_text, labels=[spec.label] if spec.label else None
-    )
-    for label, one in (value if spec.label else {"": value}).items():
-        family.add_metric([label] if spec.label else [], one)
+    family = (CounterMetricFamily if spec.kind == "counter" else GaugeMetricFamily)(spec.name, help_text, labels=spec.labels or None)
+    for label, one in (value if spec.label else {(): value}).items():
+        family.add_metric([label] if isinstance(label, str) else label, one)
     return family
 
 

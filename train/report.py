@@ -11,8 +11,8 @@ from train.metrics import LOG, TARGETS, targets, url
 from train.redact import redact
 
 if TYPE_CHECKING:
-    from eval.pairs import PairReport
     from train.ds_config import DeepSpeedSummary
+    from train.evaluation import Reports
     from train.metric_table import StepRecord
     from train.run import Run
     from train.stages import Stage
@@ -84,21 +84,21 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def write_summary(run: Run, pairs: PairReport | None, pairs_ema: PairReport | None) -> None:
+def write_summary(run: Run, pairs: Reports, pairs_ema: Reports) -> None:
     """Print the outcome and write it to ``summary.json`` in the output folder: the mark of a complete run. Rank 0 only.
 
     Args:
-        pairs: of the last weights; None if nothing was evaluated.
-        pairs_ema: of the mean weights; None also without model.ema_decay.
+        pairs: of the last weights; empty if nothing was evaluated.
+        pairs_ema: of the mean weights; empty also without model.ema_decay.
     """
     cfg, losses = run.cfg, run.losses.summary()
     throughput = run.images_trained / run.seconds_trained if run.seconds_trained else None
     rows = [("throughput", f"{throughput:,.0f} images/s over {run.ranks.world_size} ranks")] if throughput else []
     rows += [("loss", f"{stage}: {start:.4f} at the start, {end:.4f} at the end") for stage, (start, end) in losses.items()]
-    for name, report in (("accuracy", pairs), ("accuracy of the mean weights", pairs_ema)):
-        if report:
-            accuracy = report.accuracy
-            text = f"{100 * accuracy.mean:.2f} % (std {100 * accuracy.std:.2f}) on the {report.num_pairs:,} pairs of {cfg.eval.pairs}"
+    for name, reports in (("accuracy", pairs), ("accuracy of the mean weights", pairs_ema)):
+        for pair_set, report in reports.items():
+            accuracy, source = report.accuracy, run.verification.sets[pair_set].source
+            text = f"{100 * accuracy.mean:.2f} % (std {100 * accuracy.std:.2f}) on the {report.num_pairs:,} pairs of {source}"
             rows.append((name, text))
     if run.metrics.port:
         rows.append(("metrics", f"were served at {url(cfg.metrics, run.metrics.port)}"))
@@ -110,12 +110,16 @@ def write_summary(run: Run, pairs: PairReport | None, pairs_ema: PairReport | No
         "images_per_second": throughput,
         "training_seconds": run.seconds_trained,
         "stage_losses": {stage: {"start": start, "end": end} for stage, (start, end) in losses.items()},
-        "pairs": _pairs_summary(pairs),
-        "pairs_ema": _pairs_summary(pairs_ema),
+        "pairs": next(iter(_summaries(pairs).values()), None),  # of the first set
+        "pair_sets": _summaries(pairs),
+        "pair_sets_ema": _summaries(pairs_ema),
         "checkpoint": str(run.checkpoints.last),
     }
     replace_file(cfg.output / SUMMARY, json.dumps(outcome, indent=1) + "\n")
 
 
-def _pairs_summary(report: PairReport | None) -> dict[str, float] | None:
-    return {"accuracy": report.accuracy.mean, "std": report.accuracy.std, "count": report.num_pairs} if report else None
+def _summaries(reports: Reports) -> dict[str, dict[str, float]]:
+    """By set of pairs."""
+    return {
+        name: {"accuracy": report.accuracy.mean, "std": report.accuracy.std, "count": report.num_pairs} for name, report in reports.items()
+    }

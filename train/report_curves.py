@@ -76,6 +76,7 @@ def curves(run: RunLog) -> list[Curve]:
     all_curves = [
         Curve("loss", "Loss", _lines(losses, "nats", may_be_log=True)),
         Curve("cosines", "Cosines", _lines(cosines, "cosine")),
+        Curve("accuracy", "Accuracy on pairs", _draw_accuracy),
         Curve("learning_rate", "Learning rate", _lines({"learning_rate": ""}, "")),
         Curve("throughput", "Throughput", _lines({"images_per_second": ""}, "images/s")),
         Curve("time", "Where a step's time goes", _draw_parts),
@@ -84,6 +85,7 @@ def curves(run: RunLog) -> list[Curve]:
         Curve("memory", "Memory", _draw_memory),
     ]
     known = {
+        "accuracy": any(entry.mapping("evaluation_accuracy") for entry in run.entries),
         "time": any(entry.parts for entry in run.entries),
         "utilization": any(math.isfinite(entry.utilization) for entry in run.entries),
         "memory": any(entry.mapping("memory") for entry in run.entries),
@@ -181,6 +183,16 @@ def _plot(axes: Axes, steps: Sequence[int], values: Sequence[float], label: str)
         return
     (line,) = axes.plot(steps, running_mean(values, width), label=label, zorder=2.5)
     axes.plot(steps, values, color=line.get_color(), alpha=0.25, linewidth=0.5)
+
+
+def _draw_accuracy(axes: Axes, entries: Sequence[LogEntry]) -> None:
+    evaluations = {entry.number("evaluation_step"): entry.mapping("evaluation_accuracy") for entry in entries}
+    found = [(step, accuracies) for step, accuracies in sorted(evaluations.items()) if accuracies]
+    for name in dict.fromkeys(name for _, accuracies in found for name in accuracies):
+        points = [(step, 100 * accuracies[name]) for step, accuracies in found if name in accuracies]
+        axes.plot(*zip(*points, strict=True), label=name, marker="o", markersize=3)
+    axes.set_ylabel("%")
+    axes.legend(loc="best")
 
 
 def _draw_parts(axes: Axes, entries: Sequence[LogEntry]) -> None:

@@ -118,10 +118,10 @@ def _figures(run: RunLog) -> list[Figure]:
         ),
         Figure("target cosine", _text("{:.3f}", last.number("target_cosine")), "of embedding and own class center"),
     ]
-    for name, key in (("pair accuracy", "pairs"), ("of the mean weights", "pairs_ema")):
-        if summary.get(key):
-            pairs = summary[key]
-            figures.append(Figure(name, f"{100 * pairs['accuracy']:.2f} %", f"std {100 * pairs['std']:.2f}, {pairs['count']:,} pairs"))
+    for name, key in (("accuracy on {}", "pair_sets"), ("mean weights on {}", "pair_sets_ema")):
+        for pair_set, pairs in summary.get(key, {}).items():
+            note = f"std {100 * pairs['std']:.2f}, {pairs['count']:,} pairs"
+            figures.append(Figure(name.format(pair_set), f"{100 * pairs['accuracy']:.2f} %", note))
     speed, trained = summary.get("images_per_second"), summary.get("training_seconds")
     if speed is None:  # not complete: the mean of all windows
         images = sum(entry.number("images") for entry in run.entries)

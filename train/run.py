@@ -162,6 +162,21 @@ class Run:
         self.window = Window()
         self.guard.after_window(record.loss, record.epoch - self.stages.warmup_epochs)
 
+    def evaluation_due(self) -> bool:
+        if self.verification is None or (self.step == self.stages.total_steps and not self.cfg.eval.every_checkpoint):
+            return False  # the last weights are evaluated once they are on the disk
+        every = self.cfg.eval.every_steps
+        return (every is not None and self.step % every == 0) or (self.cfg.eval.every_checkpoint and self.checkpoint_due())
+
+    def evaluate(self) -> None:
+        """Verify pairs with the present weights. Collectives: see PairVerification.verify_engine."""
+        begin = time.monotonic()
+        self.verification.verify_engine(self.step, self.engine, self.stages.stage.micro_batch_size)
+        accuracies = ", ".join(f"{name} {100 * report.accuracy.mean:.2f} %" for name, report in self.verification.newest.items())
+        self.ranks.say(f"evaluation at step {self.step}: {accuracies} ({time.monotonic() - begin:.1f} s)")
+        self.window.start += time.monotonic() - begin  # throughput is of training
+        self.run_time.lap("evaluate")
+
     def checkpoint_due(self) -> bool:
         every = self.cfg.checkpoint.every_steps
         return self.step in (self.stages.start, self.stages.total_steps) or (every is not None and self.step % every == 0)
@@ -178,7 +193,8 @@ class Run:
             "window": self.window.state(),
             "trained": {"images": self.images_trained, "seconds": self.seconds_trained},
         }
-        self.checkpoints.save(self.step, self.engine, self.ema, self._rank_state(), run_state)
+        score = self.verification.score if self.verification and self.verification.step == self.step else None
+        self.checkpoints.save(self.step, self.engine, self.ema, self._rank_state(), run_state, score)
         self.saved_step = self.step
         self.window.start += time.monotonic() - begin  # throughput is of training; what a save makes it wait is not counted
         self.run_time.lap("checkpoint")

@@ -14,7 +14,7 @@ from train.guard import FILE_NAME as SKIPPED
 from train.metrics import LOG
 from train.report import RECIPE, SUMMARY
 
-_PARTS = ("data", "data_wait", "head", "forward", "backward", "comm", "optimizer", "checkpoint", "other")  # data: of older logs
+_PARTS = ("data", "data_wait", "head", "forward", "backward", "comm", "optimizer", "evaluate", "checkpoint", "other")  # data: of older logs
 
 
 class RunLogError(ValueError):

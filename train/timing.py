@@ -13,7 +13,7 @@ from typing import Any, Literal
 from train.processes import ProcessStat
 
 # Of a step. comm: waiting for other ranks, wherever it happens, and not counted there again. other: what is in no part.
-PARTS = ("data_wait", "head", "forward", "backward", "comm", "optimizer", "checkpoint", "other")
+PARTS = ("data_wait", "head", "forward", "backward", "comm", "optimizer", "evaluate", "checkpoint", "other")
 # Of a run. train: steps that were applied; repeat: those that had been taken before a restart or a rollback; skip: those that were skipped.
 RUN_TIMES = ("start", "train", "repeat", "skip", "checkpoint", "evaluate")
 

@@ -34,7 +34,7 @@ _COLLECTIVES = ("torch/distributed/distributed_c10d.py", "model/collectives.py")
 _STOPPED_S = 5.0  # between two looks: this process was stopped in between
 
 
-PHASES = ("start", "data", "head", "forward", "backward", "optimizer", "checkpoint", "loop", "end")
+PHASES = ("start", "data", "head", "forward", "backward", "optimizer", "evaluate", "checkpoint", "loop", "end")
 
 
 class Position(NamedTuple):

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 # What the time in a phase counts as, until the step is over and its outcome known; of the others: train.
-_USE = {"start": "start", "checkpoint": "checkpoint", "end": "evaluate"}
+_USE = {"start": "start", "checkpoint": "checkpoint", "evaluate": "evaluate", "end": "evaluate"}
 
 
 @dataclass
@@ -133,6 +133,7 @@ def step_record(run: Run, lr: float, gradient_norm: float) -> StepRecord:
         bad_records=now.bad_records,
         record_bytes=now.bytes_read - before.bytes_read,
         data_queue_batches=run.batches.batches_ahead,
+        **_evaluation(run.verification),
         **run.head.statistics(),
         **{f"checkpoint_{name}": value for name, value in vars(run.checkpoints.report).items()},
     )
@@ -140,16 +141,26 @@ def step_record(run: Run, lr: float, gradient_norm: float) -> StepRecord:
 
 def live_values(watchdog: Watchdog, run_time: RunTime, verification: PairVerification | None) -> dict[str, Value]:
     """What a scrape reads at its moment, by metric."""
-    position, report = watchdog.position, verification and verification.newest
+    position, reports = watchdog.position, verification.newest if verification else {}
     values: dict[str, Value] = {
         "lvface_phase": {phase: float(phase == position.phase) for phase in PHASES},
         "lvface_heartbeat_timestamp_seconds": position.at,
         "lvface_run_time_seconds_total": run_time.so_far(_USE.get(position.phase, "train")),
     }
-    if report:
-        values["lvface_evaluation_accuracy_ratio"] = report.accuracy.mean
-        values["lvface_evaluation_true_accept_ratio"] = {f"{at.far_target:g}": at.tar for at in report.tar_at_far}
+    if reports:
+        values["lvface_evaluation_step"] = verification.step
+        values["lvface_evaluation_accuracy_ratio"] = {name: report.accuracy.mean for name, report in reports.items()}
+        values["lvface_evaluation_true_accept_ratio"] = {
+            (name, f"{at.far_target:g}"): at.tar for name, report in reports.items() for at in report.tar_at_far
+        }
     return values
+
+
+def _evaluation(verification: PairVerification | None) -> dict[str, Any]:
+    if verification is None:
+        return {}
+    accuracies = {name: report.accuracy.mean for name, report in verification.newest.items()}
+    return {"evaluation_step": verification.step, "evaluation_accuracy": accuracies}
 
 
 def peak_flops(cfg: RunConfig, precision: str, device: torch.device) -> float:

@@ -114,7 +114,7 @@ def test_the_global_batch_counts_accumulation_and_ranks(recipe):
         ("output.x=1", 'output.x: output is "runs/demo", which has no keys (command line)'),
         ("head={scale: 1, scale: 2}", "head={scale: 1, scale: 2}: scale: repeated, first given at command line (command line)"),
         ("seed=[1", "seed=[1: not YAML: expected ',' or ']', but got '<stream end>' (command line)"),
-        ("eval.pairs=p", "eval.images: required, but not given (command line)"),
+        ("eval.pairs=p", "eval.images: required beside eval.pairs, but not given (command line)"),
     ],
 )
 def test_a_bad_override_is_one_line_that_names_key_and_finding(recipe, override, expected):

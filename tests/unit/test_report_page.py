@@ -37,6 +37,8 @@ def line(step, **changes):
         "checkpoint_blocked_seconds": 0.5,
         "checkpoint_write_seconds": 2.0,
         "checkpoint_score": None,
+        "evaluation_step": None if step < 15 else 10.0 * (step // 10),
+        "evaluation_accuracy": {} if step < 15 else {"lfw": 0.9},
     }
     return {**values, **changes}
 
@@ -64,7 +66,8 @@ def run(tmp_path_factory):
         "training_seconds": 80.0,
         "stage_losses": {"early": {"start": 3.0, "end": 1.25}, "stable": {"start": 1.0, "end": 0.75}},
         "pairs": {"accuracy": 0.9875, "std": 0.01, "count": 1200},
-        "pairs_ema": None,
+        "pair_sets": {"lfw": {"accuracy": 0.9875, "std": 0.01, "count": 1200}},
+        "pair_sets_ema": {},
     }
     return write_run(tmp_path_factory.mktemp("report") / "run", lines, [skip], summary, recipe)
 
@@ -148,7 +151,7 @@ def test_secrets_are_hidden_and_markup_in_a_recipe_is_text(written):
 
 def test_every_curve_is_a_picture_with_something_drawn_in_it(run, written):
     pictures = {path.stem: Image.open(path).convert("RGB") for path in (run / "curves").glob("*.png")}
-    assert set(pictures) == {"loss", "cosines", "learning_rate", "throughput", "time", "gradient_norm"}
+    assert set(pictures) == {"loss", "cosines", "learning_rate", "throughput", "time", "gradient_norm", "accuracy"}
     for name, picture in pictures.items():
         assert picture.size == (972, 540)
         blue = sum(count for count, color in picture.getcolors(2**20) if color == (0x00, 0x72, 0xB2))

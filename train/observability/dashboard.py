@@ -279,10 +279,10 @@ def _learning() -> list:
         ),
         graph(
             "Accuracy",
-            "On the pairs of eval, by the newest evaluation; nothing before the first one.",
+            "On the sets of pairs of eval, by the newest evaluation; nothing before the first one.",
             "percentunit",
-            (first("lvface_evaluation_accuracy_ratio"), "accuracy"),
-            (first("lvface_evaluation_true_accept_ratio"), "TAR at FAR {{false_accept_rate}}"),
+            (first("lvface_evaluation_accuracy_ratio"), "accuracy on {{set}}"),
+            (first("lvface_evaluation_true_accept_ratio"), "TAR on {{set}} at FAR {{false_accept_rate}}"),
         ),
         graph(
             "Damaged records",

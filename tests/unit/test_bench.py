@@ -4,10 +4,21 @@ import csv
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 
-from tests.bench import ablation, bench_attention, bench_head, bench_index, bench_loader, bench_losses, bench_pack, bench_verify
+from tests.bench import (
+    ablation,
+    bench_attention,
+    bench_embed,
+    bench_head,
+    bench_index,
+    bench_loader,
+    bench_losses,
+    bench_pack,
+    bench_verify,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -117,3 +128,16 @@ def test_an_ablation_branches_off_from_the_checkpoint_at_the_switch(tmp_path):
     assert [path.name for path in (tmp_path / "branch/checkpoints").iterdir()] == ["step_00000300"]
     with pytest.raises(SystemExit, match="no checkpoint of the stage switch"):
         ablation.branch_off(tmp_path / "branch", tmp_path / "other/checkpoints")
+
+
+def test_bench_embed_compares_the_engine_with_the_bare_model(monkeypatch, capsys):
+    assert run(monkeypatch, bench_embed, "--model", "vit_xxt", "--images", "9", "--batch-size", "4", "--repeats", "1") == 0
+    out = capsys.readouterr().out
+    assert "pillow" in out
+    assert "dali" in out
+
+
+def test_bench_embed_fails_where_embeddings_differ(monkeypatch, capsys):
+    monkeypatch.setattr(bench_embed, "embed", lambda *args, **options: np.zeros((9, 2, 512), np.float32))
+    assert run(monkeypatch, bench_embed, "--model", "vit_xxt", "--images", "9") == 1
+    assert "embeddings with pillow differ from the bare model's by 1.0e+00" in capsys.readouterr().err

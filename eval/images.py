@@ -11,6 +11,8 @@ from PIL import Image
 from eval.errors import EvalError
 from model.vit import IMAGE_SIZE
 
+MAX_PIXELS = 2**26  # of a picture that is not aligned yet, 192 MiB decoded: a few bytes may claim to be gigapixels
+
 
 @dataclass(frozen=True)
 class FaceImages:
@@ -18,13 +20,25 @@ class FaceImages:
 
     names: Sequence[str]  # [n] what messages call each image
     read: Callable[[int], bytes]  # number of an image -> its JPEG or PNG file, byte for byte; raises EvalError
+    landmarks: np.ndarray | None = None  # [n, 5, 2] float, pixels (x, y), see eval.align; None: the images are aligned
 
     def __len__(self) -> int:
         return len(self.names)
 
     def decode(self, image: int) -> np.ndarray:
-        """Pixels of an image by its number, see ``decode_image``."""
-        return decode_image(self.read(image), self.names[image])
+        """The face of an image by its number: uint8 [112, 112, 3] RGB, cut out by its landmarks where there are some.
+
+        Raises: EvalError that begins with the name when the file can't be decoded, is no aligned face without landmarks, or larger than
+            MAX_PIXELS with them, or has more than 8 bits per channel.
+        """
+        data, name = self.read(image), self.names[image]
+        if self.landmarks is None:
+            return decode_image(data, name)
+        from eval.align import align  # OpenCV, which aligned faces don't need
+
+        with _opened(data, name, _check_pixels) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+        return align(pixels, self.landmarks[image])
 
 
 def decode_image(data: bytes, name: str) -> np.ndarray:
@@ -32,23 +46,22 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
 
     Raises: EvalError that begins with ``name`` when it can't be decoded, has another size, or more than 8 bits per channel.
     """
-    with _opened(data, name) as image:
+    with _opened(data, name, _check_aligned) as image:
         return np.asarray(image.convert("RGB"))
 
 
 def check_header(data: bytes, name: str) -> None:
     """Raise what ``decode_image`` would for what its header says."""
-    with _opened(data, name):
+    with _opened(data, name, _check_aligned):
         pass
 
 
 @contextmanager
-def _opened(data: bytes, name: str) -> Iterator[Image.Image]:
+def _opened(data: bytes, name: str, check_size: Callable[[int, int], None]) -> Iterator[Image.Image]:
     try:
         # No other formats: for some Pillow runs programs, whatever the name of the file says.
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
-            if image.size != (IMAGE_SIZE, IMAGE_SIZE):  # before decoding: a few bytes may claim to be gigapixels
-                raise EvalError(f"expected an aligned {IMAGE_SIZE} x {IMAGE_SIZE} face, found {image.width} x {image.height} pixels")
+            check_size(*image.size)  # before decoding
             if image.mode[0] in "IF":  # Pillow would clip them to white
                 raise EvalError(f"more than 8 bits per pixel and channel (mode {image.mode}), expected 8")
             yield image
@@ -56,3 +69,13 @@ def _opened(data: bytes, name: str) -> Iterator[Image.Image]:
         raise EvalError(f"{name}: {error}") from None
     except Exception as error:  # Pillow's errors on damaged files share no narrower base class
         raise EvalError(f"{name}: not a readable image: {error}") from error
+
+
+def _check_aligned(width: int, height: int) -> None:
+    if not width == height == IMAGE_SIZE:
+        raise EvalError(f"expected an aligned {IMAGE_SIZE} x {IMAGE_SIZE} face, found {width} x {height} pixels")
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise EvalError(f"expected at most {MAX_PIXELS} pixels, found {width} x {height}")

@@ -100,18 +100,31 @@ def tar_at_far(scores: ArrayLike, same: ArrayLike, far: float) -> TarAtFar:
     Raises: EvalError when the impostor pairs can't resolve the target (1e-6 needs a million of them), or a class is missing.
     """
     scores, same = _checked(scores, same)
+    return tar_at_far_of_sorted(np.sort(scores[same]), np.sort(scores[~same]), far)
+
+
+def tar_at_far_of_sorted(genuine: np.ndarray, impostor: np.ndarray, far: float) -> TarAtFar:
+    """The same from scores of the two classes, [G] and [I], finite, ascending, float32 or float64: no pass over all of them.
+
+    Raises: as ``tar_at_far``.
+    """
     if not 0 < far <= 1:
         raise EvalError(f"FAR target must lie in (0, 1], got {far}")
-    genuine, impostor = np.sort(scores[same]), np.sort(scores[~same])
     if not len(genuine) or not can_resolve(far, len(impostor)):
         raise EvalError(
             f"TAR@FAR={far:g} needs at least 1 genuine and {1 / far:.0f} impostor pairs, found {len(genuine)} and {len(impostor)}"
         )
-    thresholds = np.append(np.unique(scores), _above(scores.max()))  # ascending; the last accepts no pair
-    fars = _num_accepted(impostor, thresholds) / len(impostor)
-    first = int(np.argmax(fars <= far))  # FAR falls along the thresholds, and is 0 at the last
-    tar = _num_accepted(genuine, thresholds[first]) / len(genuine)
-    return TarAtFar(far, float(tar), float(fars[first]), float(thresholds[first]), len(genuine), len(impostor))
+    allowed = int(far * len(impostor))  # false accepts, up to the rounding of the product
+    allowed += (allowed + 1) / len(impostor) <= far
+    allowed -= allowed / len(impostor) > far
+    number = np.result_type(genuine, impostor).type  # else searching would convert all scores
+    refused = impostor[-1 - allowed] if allowed < len(impostor) else -np.inf  # the highest impostor that may not be accepted
+    threshold = _above(number(max(genuine[-1], impostor[-1])))  # accepts no pair
+    for scores in (genuine, impostor):
+        above = int(np.searchsorted(scores, number(refused), side="right"))
+        threshold = min(threshold, float(scores[above])) if above < len(scores) else threshold
+    accepted, wrong = (int(_num_accepted(scores, number(threshold))) for scores in (genuine, impostor))
+    return TarAtFar(far, accepted / len(genuine), wrong / len(impostor), threshold, len(genuine), len(impostor))
 
 
 def can_resolve(far: float, num_impostor: int) -> bool:
@@ -135,6 +148,7 @@ def _best_threshold(candidates: np.ndarray, scores: np.ndarray, same: np.ndarray
 
 
 def _above(score: float) -> float:
+    """The next number of its own precision."""
     return float(np.nextafter(score, np.inf))
 
 

@@ -68,8 +68,11 @@ class EmbeddingCache:
 
 
 def image_digest(images: FaceImages, image: int) -> bytes:
-    """SHA-256 of an image: of its file, as it is."""
-    return hashlib.sha256(images.read(image)).digest()
+    """SHA-256 of an image: of its file, as it is, and of its landmarks, if it has some."""
+    content = hashlib.sha256(images.read(image))
+    if images.landmarks is not None:
+        content.update(images.landmarks[image].astype("<f8").tobytes())
+    return content.digest()
 
 
 def description(model_digest: str | None, image_digests: list[bytes], mirror: bool) -> dict:

@@ -27,7 +27,10 @@ def decode_ahead(images: FaceImages, batches: Iterable[Batch], decoder: str, dev
 
     Args:
         decoder: ``pillow`` (aligns too), or ``dali``, for images that are aligned: on a GPU where ``device`` is one.
+    Raises: EvalError for ``dali`` and images with landmarks.
     """
+    if decoder == "dali" and images.landmarks is not None:
+        raise EvalError("DALI decodes aligned faces only, and these are cut out by landmarks; leave --decoder at pillow")
     threads = min(16, torch.get_num_threads(), os.cpu_count() or 1)  # a launcher gives each rank its part of the cores
     return _by_pillow(images, batches, threads) if decoder == "pillow" else _by_dali(images, batches, device, threads)
 

@@ -1,5 +1,6 @@
 """What the field's IJB-B and IJB-C release says of images, templates and subjects: the files in its folder ``meta``."""
 
+import os
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,11 +68,11 @@ def read_templates(root: Path, target: str) -> IjbTemplates:
     Raises: EvalError that names file and line for a missing file, a line of another form, an image twice in a template or without
         landmarks, landmarks that place no face (``eval.align.aligns``), or a score that is negative or not finite.
     """
-    places, landmarks, scores = _read_landmarks(meta_file(root, target, "name_5pts_score.txt"))
-    path = meta_file(root, target, "face_tid_mid.txt")
+    path, points = (meta_file(root, target, f"{name}.txt") for name in ("face_tid_mid", "name_5pts_score"))
+    places, landmarks, scores = _read_landmarks(points)
     crops = root / "loose_crop"
     try:
-        present = {entry.name for entry in crops.iterdir()}
+        present = set(os.listdir(crops))
     except OSError as error:
         raise EvalError(f"{crops}: no readable folder of images: {error}") from error
     names: dict[str, int] = {}
@@ -80,7 +81,7 @@ def read_templates(root: Path, target: str) -> IjbTemplates:
         name = fields[0]
         if name not in names:
             if name not in places:
-                raise EvalError(f"{path}, line {line}: no landmarks for {name!r}: expected a line in {target.lower()}_name_5pts_score.txt")
+                raise EvalError(f"{path}, line {line}: no landmarks for {name!r}; expected a line of it in {points.name}")
             if name not in present:
                 raise EvalError(f"{crops / name}: no such image (asked for by {path}, line {line})")
             names[name] = len(names)
@@ -89,10 +90,10 @@ def read_templates(root: Path, target: str) -> IjbTemplates:
     _refuse_repeated(path, image, template, list(names))
     ids, position = np.unique(template, return_inverse=True)
     order = np.lexsort((image, media, position))
-    paths = list(names)
-    at = np.array([places[name] for name in paths])
+    paths = [os.path.join(crops, name) for name in names]  # hundreds of thousands: a Path each would take seconds
+    at = np.array([places[name] for name in names])
     return IjbTemplates(
-        images=FaceImages([str(crops / name) for name in paths], lambda number: _read_image(crops / paths[number]), landmarks[at]),
+        images=FaceImages(paths, lambda image: _read_image(paths[image]), landmarks[at]),
         scores=scores[at],
         ids=ids,
         image=image[order],
@@ -221,8 +222,8 @@ def _text_lines(path: Path) -> Iterator[tuple[int, str]]:
         raise EvalError(f"{path}: not a text file in UTF-8: {error}") from error
 
 
-def _read_image(path: Path) -> bytes:
+def _read_image(path: str) -> bytes:
     try:
-        return path.read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
         raise EvalError(f"{path}: not a readable image: {error}") from error

@@ -44,22 +44,26 @@ def read_pairs(root: Path, target: str, templates: IjbTemplates, progress: Calla
                 progress(done, size)
     if not keys:
         raise EvalError(f"{path}: the file is empty; expected lines {FORM}")
-    return _sorted_pairs(path, np.concatenate(keys), len(templates.ids))
+    return _sorted_pairs(path, keys, len(templates.ids))
 
 
-def _sorted_pairs(path: Path, keys: np.ndarray, num_templates: int) -> TemplatePairs:
-    ordered = np.sort(keys)
+def _sorted_pairs(path: Path, keys: list[np.ndarray], num_templates: int) -> TemplatePairs:
+    """``keys`` of the lines, see ``_keys``, in parts that follow each other."""
+    ordered = np.concatenate(keys)
+    ordered.sort()
     same = (ordered & 1).astype(bool)
-    again = ordered[1:] >> 1 == ordered[:-1] >> 1
+    ordered >>= 1
+    again = ordered[1:] == ordered[:-1]
     contradicts = again & (same[1:] != same[:-1])
     if contradicts.any():
-        pair = ordered[int(np.argmax(contradicts))] >> 1
-        lines = np.flatnonzero(keys >> 1 == pair) + 1
-        raise EvalError(f"{path}, line {lines[1]}: a pair with label 0 and label 1: the same two templates are in line {lines[0]}")
+        pair = ordered[int(np.argmax(contradicts))]
+        lines = np.flatnonzero(np.concatenate(keys) >> 1 == pair) + 1
+        raise EvalError(f"{path}, line {lines[1]}: the two templates of line {lines[0]}; expected no pair with both labels, found one")
     if same.all() or not same.any():
         raise EvalError(f"{path}: all {len(same)} pairs have label {int(same[0])}; expected pairs of one person and of two")
-    first, second = np.divmod(ordered >> 1, num_templates)
-    return TemplatePairs(first.astype(np.int32), second.astype(np.int32), same, int(np.count_nonzero(again)))
+    first = ordered // num_templates
+    ordered -= first * num_templates
+    return TemplatePairs(first.astype(np.int32), ordered.astype(np.int32), same, int(np.count_nonzero(again)))
 
 
 def _whole_lines(text: bytes, last: bool) -> tuple[bytes, bytes]:

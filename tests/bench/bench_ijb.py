@@ -96,7 +96,7 @@ def timed(what: str) -> Iterator[None]:
 
     def watch() -> None:
         while not ended.wait(0.01):
-            peak.append(max(peak.pop(), private_bytes()))
+            peak[0] = max(peak[0], private_bytes())
 
     watcher = threading.Thread(target=watch)
     watcher.start()

@@ -13,6 +13,7 @@ from tests.bench import (
     bench_attention,
     bench_embed,
     bench_head,
+    bench_ijb,
     bench_index,
     bench_loader,
     bench_losses,
@@ -77,6 +78,17 @@ def test_bench_index_opens_a_set_in_every_process(monkeypatch, capsys):
     monkeypatch.setattr(bench_index, "RANKS", 2)
     assert run(monkeypatch, bench_index, "--images", "50000", "--identities", "500", "--shards", "4", "--batches", "2") == 0
     assert "50,000 records, 500 identities; 2 processes" in capsys.readouterr().out
+
+
+def test_bench_ijb_goes_through_every_part_and_compares(monkeypatch, capsys):
+    sizes = ("--images", "300", "--templates", "80", "--genuine", "50", "--pairs", "2000", "--subjects", "20", "--embedding-size", "8")
+    assert run(monkeypatch, bench_ijb, *sizes) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "300 images in 80 templates, 2,000 pairs, D = 8"
+    assert sum(" s   peak " in line for line in lines) == 11
+    monkeypatch.setattr(bench_ijb, "TOLERANCE", -1.0)
+    assert run(monkeypatch, bench_ijb, *sizes) == 1
+    assert "2000 scores differ by " in capsys.readouterr().err
 
 
 def test_bench_verify_checks_before_it_times(monkeypatch, capsys):

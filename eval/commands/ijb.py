@@ -121,6 +121,6 @@ def _print_search(report: IjbReport) -> None:
 
 def _print_table(title: str, columns: Iterable[str], rows: list[tuple[str, list[float | None]]]) -> None:
     """Shares in percent; a dash for what is not resolved."""
-    print(f"{title:18}" + "".join(f"{column:>10}" for column in columns))
+    print(f"{title:22}" + "".join(f"{column:>10}" for column in columns))
     for name, shares in rows:
-        print(f"{name:18}" + "".join(f"{'-' if share is None else f'{100 * share:.2f}':>10}" for share in shares))
+        print(f"{name:22}" + "".join(f"{'-' if share is None else f'{100 * share:.2f}':>10}" for share in shares))

@@ -149,7 +149,7 @@ def _onnx_embedder(path: Path, input_range: str, batch_size: int) -> Embedder:
     fixed_batch = isinstance(shape[0], int) and shape[0] > 0
 
     if input_range == "auto":
-        input_range = "0..255" if _normalises_itself(graph) else "-1..1"
+        input_range = "0..255" if normalises_itself(graph) else "-1..1"
     output = session.get_outputs()[0].name
 
     def forward(pixels: Tensor) -> Tensor:
@@ -168,7 +168,8 @@ def _onnx_embedder(path: Path, input_range: str, batch_size: int) -> Embedder:
     )
 
 
-def _normalises_itself(graph: onnx.GraphProto) -> bool:
+def normalises_itself(graph: onnx.GraphProto) -> bool:
+    """Whether a Sub and after it a Mul or Div stand among the first nodes: such a graph takes pixels in 0..255."""
     first = [node.op_type for node in graph.node[:NORMALISING_NODES]]
     return "Sub" in first and any(op in ("Mul", "Div") for op in first[first.index("Sub") + 1 :])
 

@@ -132,6 +132,16 @@ def can_resolve(far: float, num_impostor: int) -> bool:
     return num_impostor > 0 and 1 / num_impostor <= far
 
 
+def most_false_accepts(far: float, num_impostor: int) -> int:
+    """How many of the impostor pairs may be accepted: the most whose share of all is at most ``far``, as floats compare."""
+    most = min(int(far * num_impostor), num_impostor)
+    while most < num_impostor and (most + 1) / num_impostor <= far:
+        most += 1
+    while most / num_impostor > far:
+        most -= 1
+    return most
+
+
 def _every_cut(scores: np.ndarray) -> np.ndarray:
     """A threshold for each way to part ``scores`` into accepted and refused, ascending: all accepted, midpoints, none accepted."""
     distinct = np.unique(scores)

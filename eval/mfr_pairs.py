@@ -61,16 +61,19 @@ class Images:
         bounds = [self.bounds(section) for section in range(len(self.sections))]
         return np.concatenate([start + np.argsort(self.labels[start:stop], kind="stable") for start, stop in bounds])
 
+    def num_pairs(self, a: int, b: int) -> int:
+        """Of section a with section b; of one with itself, each unordered pair once."""
+        return self.sections[a] * (self.sections[a] - 1) // 2 if a == b else self.sections[a] * self.sections[b]
+
     def count_pairs(self, comparison: Comparison) -> tuple[int, int]:
         """(genuine, impostor) pairs. Raises: EvalError when there are too few to measure TAR at the FAR."""
         total = genuine = 0
         for a, b in comparison.section_pairs:
             first, second = (np.unique(self.labels[slice(*self.bounds(section))], return_counts=True) for section in (a, b))
+            total += self.num_pairs(a, b)
             if a == b:
-                total += self.sections[a] * (self.sections[a] - 1) // 2
                 genuine += int((first[1] * (first[1] - 1) // 2).sum())
             else:
-                total += self.sections[a] * self.sections[b]
                 _, in_first, in_second = np.intersect1d(first[0], second[0], assume_unique=True, return_indices=True)
                 genuine += int((first[1][in_first] * second[1][in_second]).sum())
         impostor = total - genuine

@@ -44,14 +44,14 @@ _FLOATS = {number for name, number in onnx.TensorProto.DataType.items() if "FLOA
 
 EXPECTED = {  # name of the rule -> what it expects, in the order in which they are checked
     "package": "a zip of exactly one file, NAME.onnx, at its root (zip NAME.zip model.onnx)",
-    "size": f"the ONNX file holds at most {MAX_BYTES >> 20} MiB",
+    "size": f"an ONNX file of at most {MAX_BYTES >> 20} MiB",
     "format": "an ONNX graph",
     "one file": "all weights inside the ONNX file",
     "versions": f"operators of ONNX alone, set {MAX_OPSET} at most, and IR version {MAX_IR} at most (onnxruntime 1.8)",
     "nodes": f"at least {MIN_NODES}",
-    "weights": "floats are float32, and no initializer has less than 4 bytes an element",
+    "weights": "no floats but float32, and no initializer of less than 4 bytes an element",
     "normalisation": f"outside the graph: no Sub with a Mul or Div, by type or by name, among the first {NORMALISING_NODES} nodes",
-    "opens": "onnxruntime opens the graph",
+    "opens": "a graph that onnxruntime opens",
     "input": f"one, float32 [*, {', '.join(map(str, _SHAPE))}], the batch size dynamic",
     "output": "exactly one",
     **{f"batch {batch}": f"[{batch}, D] float32, all finite" for batch in BATCHES},
@@ -150,7 +150,7 @@ def _check_graph(path: Path, found: dict[str, tuple[bool, str]]) -> bool:
         return False
     graph = model.graph
     found["format"] = (True, f"{len(graph.node)} nodes, {len(graph.initializer)} initializers")
-    found["one file"] = (not outside, f"{len(outside)} tensors lie elsewhere, the first is {outside[0]!r}" if outside else "yes")
+    found["one file"] = (not outside, f"{len(outside)} tensors lie elsewhere, the first is {outside[0]!r}" if outside else "none elsewhere")
 
     sets = {each.domain or "ai.onnx": each.version for each in model.opset_import}
     known = set(sets) <= {"ai.onnx"} and not model.functions and sets.get("ai.onnx", 0) <= MAX_OPSET and model.ir_version <= MAX_IR
@@ -160,7 +160,7 @@ def _check_graph(path: Path, found: dict[str, tuple[bool, str]]) -> bool:
     found["nodes"] = (len(graph.node) >= MIN_NODES, str(len(graph.node)))
     wrong = [tensor for tensor, stored in _tensors(model) if not _is_permitted(tensor, stored)]
     kinds = sorted({onnx.TensorProto.DataType.Name(tensor.data_type).lower() for tensor in wrong})
-    found["weights"] = (not wrong, f"{len(wrong)} are {', '.join(kinds)}, the first is {wrong[0].name!r}" if wrong else "yes")
+    found["weights"] = (not wrong, f"{len(wrong)} are {', '.join(kinds)}, the first is {wrong[0].name!r}" if wrong else "none")
 
     names = [node.name for node in graph.node[:NORMALISING_NODES]]
     subtracts = [name for name in names if name.startswith(("Sub", "_minus"))]
@@ -207,7 +207,7 @@ def _check_runs(path: Path, found: dict[str, tuple[bool, str]]) -> None:
     except Exception as error:  # onnxruntime's errors share no narrower base class
         found["opens"] = (False, _first_line(error))
         raise _Stop from error
-    found["opens"] = (True, f"onnxruntime {onnxruntime.__version__}, on the CPU")
+    found["opens"] = (True, f"opened by onnxruntime {onnxruntime.__version__} on the CPU")
 
     inputs, outputs = session.get_inputs(), session.get_outputs()
     fits = len(inputs) == 1 and inputs[0].type == "tensor(float)" and _fits(inputs[0].shape)

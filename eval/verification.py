@@ -114,9 +114,7 @@ def tar_at_far_of_sorted(genuine: np.ndarray, impostor: np.ndarray, far: float) 
         raise EvalError(
             f"TAR@FAR={far:g} needs at least 1 genuine and {1 / far:.0f} impostor pairs, found {len(genuine)} and {len(impostor)}"
         )
-    allowed = int(far * len(impostor))  # false accepts, up to the rounding of the product
-    allowed += (allowed + 1) / len(impostor) <= far
-    allowed -= allowed / len(impostor) > far
+    allowed = most_false_accepts(far, len(impostor))
     number = np.result_type(genuine, impostor).type  # else searching would convert all scores
     refused = impostor[-1 - allowed] if allowed < len(impostor) else -np.inf  # the highest impostor that may not be accepted
     threshold = _above(number(max(genuine[-1], impostor[-1])))  # accepts no pair

@@ -17,6 +17,7 @@ from tests.bench import (
     bench_index,
     bench_loader,
     bench_losses,
+    bench_mfr,
     bench_pack,
     bench_verify,
 )
@@ -89,6 +90,19 @@ def test_bench_ijb_goes_through_every_part_and_compares(monkeypatch, capsys):
     monkeypatch.setattr(bench_ijb, "TOLERANCE", -1.0)
     assert run(monkeypatch, bench_ijb, *sizes) == 1
     assert "2000 scores differ by " in capsys.readouterr().err
+
+
+def test_bench_mfr_compares_with_bare_products_and_another_method(monkeypatch, capsys):
+    sizes = ("--images", "900", "--persons", "90", "--embedding-size", "32", "--far", "1e-3")
+    assert run(monkeypatch, bench_mfr, *sizes) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("cpu, ")
+    assert lines[1].startswith("404,550 pairs   estimated ")
+    assert lines[-1] == "equal up to rounding"
+    wrong = bench_mfr.by_sorting(*bench_mfr.clustered_vectors(900, 90, 32), 1e-2, -1.0)
+    monkeypatch.setattr(bench_mfr, "by_sorting", lambda *args: wrong)
+    assert run(monkeypatch, bench_mfr, *sizes) == 1
+    assert "NOT EQUAL" in capsys.readouterr().out
 
 
 def test_bench_verify_checks_before_it_times(monkeypatch, capsys):

@@ -10,6 +10,10 @@ from eval.embedder import INPUT_RANGES
 from eval.errors import EvalError
 from train.dist import RankError, process_group, read_ranks
 
+_PATIENCE = timedelta(
+    days=7
+)  # while the first rank scores, for hours where pairs are many, the others wait; of a dead one the launcher knows
+
 
 def main(argv: list[str]) -> int:
     """Run one command. Returns the exit code: 0, 2 after ``error: ...`` on stderr, 130 when interrupted."""
@@ -33,7 +37,7 @@ def main(argv: list[str]) -> int:
 def _run_on_ranks(args: argparse.Namespace) -> None:
     if not args.on_ranks:
         raise EvalError(f"{args.name} is work for one process; start it without a launcher")
-    with process_group(args.ranks, timedelta(minutes=30)) as args.ranks:
+    with process_group(args.ranks, _PATIENCE) as args.ranks:
         args.run(args)
 
 

@@ -101,8 +101,11 @@ class Estimate:
         return self.images / self.images_per_second + self.pairs / self.pairs_per_second
 
 
-def estimate(embedder: Embedder, parts: Sequence[Part], *, device: torch.device | str = "cpu", **options: Any) -> Estimate:
-    """Embed a few batches and compare one tile of pairs, for some seconds. Arguments are those of ``embed_part`` and ``score_part``."""
+def estimate(embedder: Embedder, parts: Sequence[Part], *, ranks: int = 1, device: torch.device | str = "cpu", **options: Any) -> Estimate:
+    """Embed a few batches and compare one tile of pairs, for some seconds. Arguments are those of ``embed_part`` and ``score_part``.
+
+    ``ranks``: processes that will share the embedding, each of which measures for itself now. One scores.
+    """
     images = face_images(parts[-1].sections)
     few = min(len(images), 4 * embedder.batch_size)
     embed(embedder, FaceImages(images.names[: embedder.batch_size], images.read), mirror=False, **options)  # starts what starts once
@@ -111,14 +114,20 @@ def estimate(embedder: Embedder, parts: Sequence[Part], *, device: torch.device 
     return Estimate(
         images=sum(len(part.images.labels) for part in parts),
         pairs=sum(part.num_pairs for part in parts),
-        images_per_second=few / (time.perf_counter() - begin),
+        images_per_second=ranks * few / (time.perf_counter() - begin),
         pairs_per_second=pairs_per_second(rows.shape[-1], device),
     )
 
 
-def embed_part(embedder: Embedder, part: Part, **options: Any) -> np.ndarray:
-    """[n, D] float32 of unit length, in the order of the part's images. ``options``: of ``eval.embed.embed``, without group."""
-    rows = embed(embedder, face_images(part.sections), mirror=False, **options)[:, 0]
+def embed_part(embedder: Embedder, part: Part, **options: Any) -> np.ndarray | None:
+    """[n, D] float32 of unit length, in the order of the part's images; None on all ranks of ``options["group"]`` but the first.
+
+    ``options``: of ``eval.embed.embed``. Collectives: its.
+    """
+    rows = embed(embedder, face_images(part.sections), mirror=False, **options)
+    if rows is None:
+        return None
+    rows = rows[:, 0]
     unit = np.empty(rows.shape, np.float32)
     for start in range(0, len(rows), _BLOCK):
         block = rows[start : start + _BLOCK].astype(np.float64)

@@ -27,6 +27,8 @@ _CHECK = (
     "Not judged: 15 ms an image on the server's V100, and that the channels are in RGB order, which no graph tells."
 )
 
+ON_RANKS = True
+
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     actions = command.add_subparsers(required=True, metavar="ACTION", dest="action")
@@ -52,7 +54,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.action == "run":
         _run(args)
-    else:
+    elif args.ranks.is_first:
         _check_package(args.package)
 
 
@@ -62,17 +64,21 @@ def _run(args: argparse.Namespace) -> None:
     device = torch.device(args.device or args.ranks.device.type)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise EvalError("--device cuda: there is no GPU that torch can use here; leave it out, or give cpu")
-    folder = mfr_folder.read_folder(args.data)
-    parts = mfr.parts_of(folder)
-    if args.state and not args.estimate:
+    folder = args.ranks.together(lambda: mfr_folder.read_folder(args.data))
+    parts = args.ranks.together(lambda: mfr.parts_of(folder))
+    if args.state and not args.estimate and args.ranks.is_first:
         _make_folder(args.state)
     embedder = open_model(args)
     if args.estimate:
-        _print_estimate(mfr.estimate(embedder, parts, device=device, decoder=args.decoder))
+        found = mfr.estimate(embedder, parts, ranks=args.ranks.world_size, device=device, decoder=args.decoder)
+        if args.ranks.is_first:
+            _print_estimate(found)
         return
+    embedded = [mfr.embed_part(embedder, part, **embed_options(args)) for part in parts]
+    if not args.ranks.is_first:
+        return  # the first rank scores alone
     results, states = {}, []
-    for part in parts:
-        embeddings = mfr.embed_part(embedder, part, **embed_options(args))
+    for part, embeddings in zip(parts, embedded, strict=True):
         state = ScoringState(args.state / f"{part.name}.safetensors") if args.state else None
         states.append(state)
         found = mfr.score_part(part, embeddings, device=device, state=state, progress=Progress("pairs"))

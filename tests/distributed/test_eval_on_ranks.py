@@ -1,0 +1,78 @@
+"""The commands of ``python -m eval`` under a launcher: what several ranks print and write is what one does, once."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from eval.__main__ import _parser
+from tests.ranks import run_ranks
+from tests.training import ROOT
+from tests.unit import test_mfr
+from tests.unit.test_eval_cli import arguments  # noqa: F401 - a fixture
+from tests.unit.test_mfr import sets, weights  # noqa: F401 - fixtures
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "eval"]
+
+
+def on_ranks(words) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*TORCHRUN, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def numbers(path) -> dict:
+    found = json.loads(path.read_text())
+    return {key: value for key, value in found.items() if key not in ("seconds", "images_per_second")}
+
+
+def test_pairs_on_two_ranks_are_those_of_one_and_are_said_once(arguments, tmp_path):  # noqa: F811
+    from eval.__main__ import main
+
+    assert main([*arguments, "--json", f"{tmp_path}/one.json"]) == 0
+    done = on_ranks([*arguments, "--json", f"{tmp_path}/two.json", "--cache", f"{tmp_path}/cache"])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("20 pairs of 21 images") == 1
+    one, two = numbers(tmp_path / "one.json"), numbers(tmp_path / "two.json")
+    assert one["accuracy"]["accuracies"] == two["accuracy"]["accuracies"]
+    assert one.keys() == two.keys()
+
+
+def test_what_is_wrong_is_said_once_and_every_rank_fails(arguments, tmp_path):  # noqa: F811
+    (tmp_path / "images" / "P3" / "P3_0002.png").write_bytes(b"no image")
+    done = on_ranks(arguments)
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1
+    assert "P3_0002.png: not a readable image" in done.stderr
+    assert done.stderr.count("exitcode  : 2") == 1  # torchrun's summary of the first that failed
+    done = on_ranks(["pack", *arguments[3:], f"{tmp_path}/p.pairs.safetensors"])
+    assert done.stderr.count("error: pack is work for one process; start it without a launcher") == 1
+
+
+def run_mfr(group: dist.ProcessGroup | None, words: list[str]) -> None:
+    from eval import mfr
+    from train.dist import Ranks
+
+    mfr.FAR.update(dict.fromkeys(test_mfr.SETS, 0.05))  # the protocol's own targets need a million pairs
+    rank, world_size = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
+    args = _parser().parse_args(["mfr", "run", *words])
+    args.ranks = Ranks(rank, rank, world_size, world_size, torch.device("cpu"), group)
+    args.run(args)
+
+
+def test_mfr_on_three_ranks_is_that_of_one(sets, weights, tmp_path):  # noqa: F811
+    words = ["--model", str(weights), "--data", str(sets), "--batch-size", "4", "--json"]
+    for world_size in (1, 3):
+        run_ranks(world_size, run_mfr, [*words, str(tmp_path / f"{world_size}.json")])
+    one, three = (json.loads((tmp_path / f"{world_size}.json").read_text())["sets"] for world_size in (1, 3))
+    assert one.keys() == three.keys()
+    for name, result in one.items():
+        assert {key: result[key] for key in ("images", "genuine", "impostor")} == {
+            key: three[name][key] for key in ("images", "genuine", "impostor")
+        }
+        assert result["tar"] == pytest.approx(three[name]["tar"], abs=1e-9)
+        np.testing.assert_allclose(result["threshold"], three[name]["threshold"], atol=1e-5)  # another batch may round otherwise

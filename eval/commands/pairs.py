@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from data_pipeline.output import replace_file
+from eval.bootstrap import CONFIDENCE, Interval
 from eval.commands.shared import add_embedding, add_model, add_pairs_folder, check_output, embed_options, open_model, open_pairs
 from eval.pair_pack import SUFFIX
 from eval.pairs import FAR_TARGETS, PairReport, evaluate_pairs
@@ -51,11 +52,24 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _print(report: PairReport) -> None:
+    intervals = report.intervals
     print(f"{report.num_pairs} pairs of {report.num_images} images, embeddings of {report.embedding_size}")
-    for name, accuracy in (("accuracy", report.accuracy), ("accuracy with exact thresholds", report.accuracy_exact)):
-        print(f"{name} {100 * accuracy.mean:.2f} % (std {100 * accuracy.std:.2f} over {len(accuracy.accuracies)} folds)")
-    for point in report.tar_at_far:
-        print(f"TAR@FAR={point.far_target:.0e} {100 * point.tar:.2f} % (FAR {point.far:.2e} at cosine >= {point.threshold:.4f})")
+    for name, accuracy, interval in (
+        ("accuracy", report.accuracy, intervals.accuracy),
+        ("accuracy with exact thresholds", report.accuracy_exact, intervals.accuracy_exact),
+    ):
+        spread = f"std {100 * accuracy.std:.2f} over {len(accuracy.accuracies)} folds"
+        print(f"{name} {100 * accuracy.mean:.2f} % ({spread}, {_text(interval)})")
+    for point, interval in zip(report.tar_at_far, intervals.tar_at_far, strict=True):
+        reached = f"FAR {point.far:.2e} at cosine >= {point.threshold:.4f}"
+        print(f"TAR@FAR={point.far_target:.0e} {100 * point.tar:.2f} % ({_text(interval)}, {reached})")
     for far in report.unresolved_far:
         print(f"TAR@FAR={far:.0e} not resolved: needs {1 / far:.0f} impostor pairs")
+    inferred = ", inferred from the genuine pairs" if intervals.identities_inferred else ""
+    print(f"intervals: bootstrap of the {intervals.identities} identities{inferred}, {intervals.replicates} times")
     print(f"{report.images_per_second:.1f} images/s (each with its mirror), {report.seconds:.1f} s")
+
+
+def _text(interval: Interval | None) -> str:
+    """``no interval``: no error was seen, or identities are too few."""
+    return f"{100 * CONFIDENCE:.0f} % interval {100 * interval.low:.2f} to {100 * interval.high:.2f}" if interval else "no interval"

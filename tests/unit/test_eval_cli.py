@@ -46,8 +46,8 @@ def test_pairs_prints_and_writes_the_numbers(arguments, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "input range -1..1 (read from the model), batch size 4" in out
     assert "20 pairs of 21 images, embeddings of 16" in out
-    assert "accuracy 100.00 % (std 0.00 over 10 folds)" in out  # equal images against different ones
-    assert "TAR@FAR=1e-01 100.00 % (FAR " in out
+    assert "accuracy 100.00 % (std 0.00 over 10 folds, no interval)" in out  # equal images against different ones
+    assert "TAR@FAR=1e-01 100.00 % (no interval, FAR " in out
     assert "TAR@FAR=1e-02 not resolved: needs 100 impostor pairs" in out
     assert "images/s" in out
     record = json.loads((tmp_path / "out.json").read_text())
@@ -56,6 +56,8 @@ def test_pairs_prints_and_writes_the_numbers(arguments, tmp_path, capsys):
     assert record["tar_at_far"][0]["far_target"] == 0.1
     assert record["unresolved_far"] == [1e-2, 1e-3, 1e-4]
     assert record["input_range"] == "-1..1"
+    assert record["intervals"]["accuracy"] is None  # nothing but right
+    assert (record["curves"]["genuine"], record["curves"]["impostor"]) == (10, 10)
     assert sorted(path.name for path in tmp_path.glob("*out.json*")) == ["out.json"]  # no temporary file left
 
 
@@ -112,6 +114,7 @@ def test_a_pack_of_the_folder_gives_the_same_numbers(arguments, tmp_path, capsys
         assert record.pop("images_per_second") > 0
     assert records[0] == records[1]
     assert records[1]["source"] == "pairs.txt"
+    assert (records[1]["intervals"]["identities"], records[1]["intervals"]["identities_inferred"]) == (11, False)
 
 
 def test_a_bin_pack_is_evaluated_and_converted(arguments, tmp_path, capsys):
@@ -127,6 +130,7 @@ def test_a_bin_pack_is_evaluated_and_converted(arguments, tmp_path, capsys):
         printed.append(capsys.readouterr().out.splitlines()[:-1])  # without the last line, the speed
     assert printed[0] == printed[1]
     assert printed[0][2].startswith("20 pairs of ")
+    assert ", inferred from the genuine pairs, 1000 times" in printed[0][-1]
 
 
 @pytest.mark.parametrize(

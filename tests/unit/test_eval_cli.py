@@ -87,6 +87,23 @@ def test_a_json_path_that_cannot_be_written_is_refused_before_the_work(arguments
     assert captured.out == ""
 
 
+def test_plots_are_written_for_one_model_and_refused_before_the_work_where_they_cannot_be(arguments, tmp_path, capsys):
+    assert main([*arguments, "--plots", f"{tmp_path}/plots"]) == 0
+    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == ["det.png", "histogram.png", "roc.png"]
+    assert {Image.open(path).size for path in (tmp_path / "plots").iterdir()} == {(972, 540)}
+    capsys.readouterr()
+    for folder, message in (("pairs.txt", "pairs.txt: is a file; --plots names a folder"), ("pairs.txt/x", "pairs.txt/x: no such folder")):
+        assert main([*arguments, "--plots", f"{tmp_path}/{folder}"]) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert captured.out == ""
+    files = [path.read_bytes() for path in sorted((tmp_path / "images").rglob("*.png"))]
+    (tmp_path / "p.bin").write_bytes(pickle.dumps((files[:20], [True] * 10), 2))
+    assert main([*arguments[:3], "--pack", f"{tmp_path}/p.bin", "--plots", f"{tmp_path}/other"]) == 2
+    assert "p.bin: its pairs are all of one kind, genuine or impostor" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
 def test_an_interrupt_ends_in_one_line_and_exit_code_130(arguments, tmp_path, capsys, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt

@@ -130,7 +130,8 @@ def _ijb_section(entries: list[Entry]) -> Section:
     for entry, name, mode in everything:
         found = [_percent_or_absent(mode.search and mode.search.mean_ranks.get(rank)) for rank in ranks]
         found += [_percent_or_absent(mode.search and mode.search.mean_tpir.get(fpir)) for fpir in fpirs]
-        for reading, points in (("nearest", mode.nearest), ("strict", mode.strict)):
+        readings = [(reading, points) for reading, points in (("nearest", mode.nearest), ("strict", mode.strict)) if points]
+        for reading, points in readings or [(ABSENT, [])]:  # 1:N alone
             tars = {point.far: point.tar for point in points}
             cells = [Cell(_percent(tars[far])) if far in tars else _no_tar(far, entry.result.unresolved_far) for far in fars]
             rows.append([Cell(entry.label), Cell(name), Cell(reading), *cells, *found])

@@ -146,6 +146,14 @@ def test_the_table_holds_numbers_intervals_and_what_was_not_resolved(write):
     assert (mfr.columns, [cell.text for cell in mfr.rows[0]]) == (["model", "Mask @1e-04", "MR-All @1e-06"], ["a.onnx", "80.00", "70.00"])
 
 
+def test_a_result_of_1_to_n_alone_has_one_row_a_mode(write):
+    found = {"galleries": [], "mean_ranks": {"1": 0.96, "10": 0.98}, "mean_tpir": {"0.01": 0.93}}
+    modes = {"N1D1F1": {"strict": [], "nearest": [], "search": found}}
+    (section,) = sections(read_results(write(a=ijb_result(modes=modes, genuine=0, impostor=0, unresolved_far=[]))))
+    assert section.columns == ["model", "mode", "reading", "rank-1", "rank-10", "TPIR@FPIR=1e-02"]
+    assert [[cell.text for cell in row] for row in section.rows] == [["a.onnx", "N1D1F1", "-", "96.00", "98.00", "93.00"]]
+
+
 def test_a_model_that_was_measured_twice_gets_its_files_names(write):
     (section,) = sections(read_results(write(a=pairs_result(), b=pairs_result())))
     assert [re.sub(r"\(.*/", "(", row[0].text) for row in section.rows] == ["a.onnx (a.json)", "a.onnx (b.json)"]

@@ -17,6 +17,7 @@ from eval.__main__ import main
 from eval.embedder import load_embedder
 from eval.pairs import evaluate_pairs
 from eval.pairs_file import find_pairs
+from eval.results import read_results
 from model.vit import build_vit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,6 +52,8 @@ def test_pairs_prints_and_writes_the_numbers(arguments, tmp_path, capsys):
     assert "TAR@FAR=1e-02 not resolved: needs 100 impostor pairs" in out
     assert "images/s" in out
     record = json.loads((tmp_path / "out.json").read_text())
+    (entry,) = read_results([tmp_path / "out.json"])  # report reads what is written
+    assert entry.result.curves.model_dump() == record["curves"]
     assert record["accuracy"]["mean"] == 1
     assert len(record["accuracy"]["accuracies"]) == len(record["accuracy"]["thresholds"]) == 10
     assert record["tar_at_far"][0]["far_target"] == 0.1

@@ -7,6 +7,7 @@ Tensors, for n images and P pairs:
 - ``pairs`` int64 [P, 2]: numbers of images, from 0
 - ``same`` uint8 [P]: 1 for pairs of one person, else 0
 - ``fold`` int64 [P]: from 0
+- ``identity`` int64 [n]: the person on each image; absent where the source of the pairs does not name people
 
 The metadata has one key, ``pairs``: JSON with ``format_version``, ``source`` (name of the file that the pairs come from) and
 ``num_folds``. (In one key, because safetensors writes several in any order, and the same pairs shall give the same bytes.)
@@ -29,6 +30,7 @@ from eval.pair_set import PairSet
 FORMAT_VERSION = 1
 SUFFIX = ".pairs.safetensors"
 _TENSORS = {"ends": ("I64", 1), "fold": ("I64", 1), "jpeg": ("U8", 1), "pairs": ("I64", 2), "same": ("U8", 1)}  # dtype, dimensions
+_IDENTITY = {"identity": ("I64", 1)}  # may be absent
 
 
 def open_pack(path: str | Path) -> PairSet:
@@ -63,6 +65,8 @@ def write_pack(pairs: PairSet, out: Path, progress: Callable[[int, int], None] |
         "same": pairs.same.astype(np.uint8),
         "fold": pairs.fold.astype(np.int64),
     }
+    if pairs.named_identities is not None:
+        tensors["identity"] = pairs.named_identities.astype(np.int64)
     about = {"format_version": FORMAT_VERSION, "source": pairs.origin, "num_folds": pairs.num_folds}
     content = save(tensors, {"pairs": json.dumps(about)})
     replace_file(out, content)
@@ -74,9 +78,10 @@ def _read_safetensors(path: Path) -> PairSet:
         with safe_open(path, framework="np") as file:
             about = _about(path, (file.metadata() or {}).get("pairs"))
             names = sorted(file.keys())
-            if names != sorted(_TENSORS):
+            if sorted({*names, *_IDENTITY}) != sorted(_TENSORS | _IDENTITY):
                 raise EvalError(f"{path}: expected the tensors {', '.join(sorted(_TENSORS))}, found {names}")
-            for name, (dtype, dimensions) in _TENSORS.items():
+            for name in names:
+                dtype, dimensions = (_TENSORS | _IDENTITY)[name]
                 found = file.get_slice(name)
                 if found.get_dtype() != dtype or len(found.get_shape()) != dimensions:
                     expected = f"{dtype} with {dimensions} dimension{'s' * (dimensions > 1)}"
@@ -103,6 +108,7 @@ def _read_safetensors(path: Path) -> PairSet:
         pairs=tensors["pairs"],
         same=same.astype(bool),
         fold=tensors["fold"],
+        named_identities=tensors.get("identity"),
     )
     if pairs.num_folds != about["num_folds"]:
         raise EvalError(f"{path}: fold: {pairs.num_folds} folds, but the metadata says {about['num_folds']}; the pack is damaged")

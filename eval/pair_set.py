@@ -1,6 +1,7 @@
 """Pairs of images, wherever they were read from: what an evaluation needs, and no more."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ class PairSet:
     pairs: np.ndarray  # [P, 2] int64, numbers of images
     same: np.ndarray  # [P] bool, True for pairs of one person
     fold: np.ndarray  # [P] int64, from 0
+    named_identities: np.ndarray | None = None  # [n] int64, the person on each image, where the source says who; else None
 
     def __post_init__(self) -> None:
         count, num_images = len(self.pairs), len(self.images)
@@ -40,7 +42,44 @@ class PairSet:
             count_folds(self.fold)
         except EvalError as error:
             raise EvalError(f"{self.source}: {error}") from error
+        if self.named_identities is not None:
+            self._check_names(self.named_identities)
 
     @property
     def num_folds(self) -> int:
         return int(self.fold.max()) + 1
+
+    @cached_property
+    def identities(self) -> np.ndarray:
+        """[n] int64: the person on each image, as named, or else inferred from the pairs.
+
+        Inferred are the connected components of the images through genuine pairs. Two photos of one person that no chain of genuine pairs
+        joins then count as two persons, so that there seem to be more persons than there are.
+        """
+        return connected(self.pairs[self.same], len(self.images)) if self.named_identities is None else self.named_identities
+
+    def _check_names(self, identities: np.ndarray) -> None:
+        if identities.shape != (len(self.images),):
+            raise EvalError(f"{self.source}: names {len(identities)} identities of {len(self.images)} images, expected one of each")
+        first, second = identities[self.pairs].T
+        wrong = (first == second) != self.same
+        if wrong.any():
+            pair = int(np.argmax(wrong))
+            kind = "of one person" if self.same[pair] else "of two persons"
+            raise EvalError(f"{self.source}: pair {pair} is {kind}, but its images show the identities {first[pair]} and {second[pair]}")
+
+
+def connected(edges: np.ndarray, count: int) -> np.ndarray:
+    """[count] int64: the connected component of each node, numbered from 0 in the order of their first nodes; ``edges``: [E, 2] nodes."""
+    parent = list(range(count))
+
+    def root(node: int) -> int:
+        while parent[node] != node:
+            parent[node] = parent[parent[node]]
+            node = parent[node]
+        return node
+
+    for first, second in edges.tolist():
+        low, high = sorted((root(first), root(second)))
+        parent[high] = low  # the root is the first node of its component
+    return np.unique([root(node) for node in range(count)], return_inverse=True)[1].astype(np.int64)

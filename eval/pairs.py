@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from eval.bootstrap import PairIntervals, pair_intervals
+from eval.curves import ScoreCurves, score_curves
 from eval.embed import embed
 from eval.embedder import Embedder
 from eval.errors import EvalError
@@ -30,6 +32,8 @@ class PairReport:
     accuracy_exact: PairAccuracy  # thresholds searched exactly
     tar_at_far: tuple[TarAtFar, ...]  # over all pairs, at those of FAR_TARGETS that the impostor pairs resolve
     unresolved_far: tuple[float, ...]  # the others
+    intervals: PairIntervals  # of accuracy and TAR
+    curves: ScoreCurves | None  # None where all pairs are of one kind
     seconds: float  # reading and embedding
 
     @property
@@ -57,14 +61,18 @@ def evaluate_pairs(embedder: Embedder, pairs: PairSet, **options: Any) -> PairRe
     first, second = embeddings[pairs.pairs[:, 0]], embeddings[pairs.pairs[:, 1]]
     scores, same = (first * second).sum(axis=1), pairs.same
     num_impostor = int(np.count_nonzero(~same))
+    resolved = tuple(far for far in FAR_TARGETS if can_resolve(far, num_impostor))
+    accuracy, accuracy_exact = kfold_accuracy(scores, same, pairs.fold, FIELD_GRID), kfold_accuracy(scores, same, pairs.fold)
     return PairReport(
         num_pairs=len(scores),
         num_images=len(embeddings),
         embedding_size=embeddings.shape[1],
-        accuracy=kfold_accuracy(scores, same, pairs.fold, FIELD_GRID),
-        accuracy_exact=kfold_accuracy(scores, same, pairs.fold),
-        tar_at_far=tuple(tar_at_far(scores, same, far) for far in FAR_TARGETS if can_resolve(far, num_impostor)),
-        unresolved_far=tuple(far for far in FAR_TARGETS if not can_resolve(far, num_impostor)),
+        accuracy=accuracy,
+        accuracy_exact=accuracy_exact,
+        tar_at_far=tuple(tar_at_far(scores, same, far) for far in resolved),
+        unresolved_far=tuple(far for far in FAR_TARGETS if far not in resolved),
+        intervals=pair_intervals(scores, pairs, resolved, accuracy, accuracy_exact),
+        curves=score_curves(scores[same], scores[~same]) if 0 < num_impostor < len(scores) else None,
         seconds=seconds,
     )
 

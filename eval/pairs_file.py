@@ -62,6 +62,7 @@ def find_pairs(images_dir: str | Path, pairs_file: str | Path) -> PairSet:
         pairs=np.array([(numbers[pair.first], numbers[pair.second]) for pair in pair_list.pairs]),
         same=np.array([pair.same for pair in pair_list.pairs]),
         fold=np.arange(len(pair_list.pairs)) // per_fold,
+        named_identities=np.unique([name for name, _ in numbers], return_inverse=True)[1].astype(np.int64),
     )
 
 

@@ -1,43 +1,21 @@
-"""The curves of a run as PNG pictures, on white for light pages and on near-black for dark ones."""
+"""The curves of a run as PNG pictures."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
+from eval import pictures
+from eval.pictures import Theme
 from train.run_log import LogEntry, RunLog
 
-_INCHES, _DPI = (5.4, 3.0), 180  # small, so that text can be read on a phone
 _POINTS = 400  # a picture shows at most; of longer logs a running mean is drawn, and the points themselves only faintly
 _LOG_RATIO = 20  # of the highest to the lowest value, from which on an axis is logarithmic
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Colors of a picture."""
-
-    curves: tuple[str, ...]
-    paper: str
-    ink: str
-    faint: str  # of grid and edges
-    shade: str  # of every second stage
-    alarm: str  # of skipped steps and restarts
-
-
-# The curves' are those of Okabe and Ito, which people with any color vision can tell apart; brighter ones of them on dark paper.
-_ON_LIGHT = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
-_ON_DARK = ("#56B4E9", "#E69F00", "#2BC79A", "#E58FC0", "#7C9CFF", "#FF7A45", "#A9A9A9", "#F0E442")
-LIGHT = Theme(_ON_LIGHT, "#ffffff", "#1f2328", "#d0d7de", "#eef1f5", "#c1121f")
-DARK = Theme(_ON_DARK, "#161b22", "#e6edf3", "#3d444d", "#1f2630", "#ff7b72")
 
 
 @dataclass(frozen=True)
@@ -94,33 +72,14 @@ def curves(run: RunLog) -> list[Curve]:
 
 
 def picture(curve: Curve, run: RunLog, theme: Theme) -> bytes:
-    """A PNG of 972 x 540 pixels."""
-    style = {
-        "font.size": 10,
-        "axes.edgecolor": theme.faint,
-        "axes.labelcolor": theme.ink,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.prop_cycle": matplotlib.cycler(color=theme.curves),
-        "grid.color": theme.faint,
-        "grid.linewidth": 0.6,
-        "lines.linewidth": 1.4,
-        "text.color": theme.ink,
-        "xtick.color": theme.ink,
-        "ytick.color": theme.ink,
-        "legend.frameon": False,
-        "legend.fontsize": 9,
-    }
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=_INCHES, dpi=_DPI, facecolor=theme.paper, layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot(facecolor=theme.paper)
+    """A PNG, see ``eval.pictures.picture``."""
+
+    def draw(axes: Axes) -> None:
         curve.draw(axes, run.entries)
         _mark(axes, run, theme)
         axes.set_xlabel("step")
-        file = io.BytesIO()
-        figure.savefig(file, format="png", facecolor=theme.paper)
-    return file.getvalue()
+
+    return pictures.picture(draw, theme)
 
 
 def _mark(axes: Axes, run: RunLog, theme: Theme) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import base64
 import math
 import sys
 import time
@@ -12,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.output import replace_file
+from eval.pictures import DARK, LIGHT, embedded, page
 from train.redact import redact
 from train.report import format_seconds
-from train.report_curves import DARK, LIGHT, curves, picture, smoothing
+from train.report_curves import curves, picture, smoothing
 from train.run_log import RunLog, read_run
 
 PAGE, CURVES = "report.html", "curves"
@@ -53,18 +53,14 @@ def write_report(folder: Path) -> Path:
     for curve in curves(run):
         light, dark = picture(curve, run, LIGHT), picture(curve, run, DARK)
         replace_file(folder / CURVES / f"{curve.name}.png", light)
-        pictures.append(
-            {"title": curve.title, **{name: base64.b64encode(png).decode() for name, png in (("light", light), ("dark", dark))}}
-        )
+        pictures.append(embedded(curve.title, light, dark))
     replace_file(folder / PAGE, _page(run, pictures))
     return folder / PAGE
 
 
 def _page(run: RunLog, pictures: list[dict[str, str]]) -> str:
-    from jinja2 import Environment, FileSystemLoader
-
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=False)
-    return environment.get_template("report_page.html").render(
+    return page(
+        Path(__file__).with_name("report_page.html"),
         redact(
             {
                 "title": str(run.folder),
@@ -78,7 +74,7 @@ def _page(run: RunLog, pictures: list[dict[str, str]]) -> str:
                 "recipe": run.recipe,
             }
         )
-        | {"pictures": pictures}
+        | {"pictures": pictures},
     )
 
 

@@ -6,6 +6,8 @@
 COMMANDS = {  # name of the module -> what its line in --help says
     "pairs": "verification accuracy and TAR@FAR on a list of pairs (LFW, CFP, AgeDB)",
     "ijb": "IJB-B and IJB-C: 1:1 verification and 1:N identification of templates",
+    "report": "a page that compares models: numbers, intervals, ROC, DET, histograms",
+    "table": "the published figures, and yours in the same columns",
     "pack": "a folder of images and its pairs, or the field's .bin, as one safe file",
     "mfr": "the protocol of MFR-Ongoing on your own sets, and the check of a package for it",
 }

@@ -17,6 +17,7 @@ from eval.__main__ import main
 from eval.embedder import load_embedder
 from eval.pairs import evaluate_pairs
 from eval.pairs_file import find_pairs
+from eval.results import read_results
 from model.vit import build_vit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,16 +47,20 @@ def test_pairs_prints_and_writes_the_numbers(arguments, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "input range -1..1 (read from the model), batch size 4" in out
     assert "20 pairs of 21 images, embeddings of 16" in out
-    assert "accuracy 100.00 % (std 0.00 over 10 folds)" in out  # equal images against different ones
-    assert "TAR@FAR=1e-01 100.00 % (FAR " in out
+    assert "accuracy 100.00 % (std 0.00 over 10 folds, no interval)" in out  # equal images against different ones
+    assert "TAR@FAR=1e-01 100.00 % (no interval, FAR " in out
     assert "TAR@FAR=1e-02 not resolved: needs 100 impostor pairs" in out
     assert "images/s" in out
     record = json.loads((tmp_path / "out.json").read_text())
+    (entry,) = read_results([tmp_path / "out.json"])  # report reads what is written
+    assert entry.result.curves.model_dump() == record["curves"]
     assert record["accuracy"]["mean"] == 1
     assert len(record["accuracy"]["accuracies"]) == len(record["accuracy"]["thresholds"]) == 10
     assert record["tar_at_far"][0]["far_target"] == 0.1
     assert record["unresolved_far"] == [1e-2, 1e-3, 1e-4]
     assert record["input_range"] == "-1..1"
+    assert record["intervals"]["accuracy"] is None  # nothing but right
+    assert (record["curves"]["genuine"], record["curves"]["impostor"]) == (10, 10)
     assert sorted(path.name for path in tmp_path.glob("*out.json*")) == ["out.json"]  # no temporary file left
 
 
@@ -85,6 +90,23 @@ def test_a_json_path_that_cannot_be_written_is_refused_before_the_work(arguments
     assert captured.out == ""
 
 
+def test_plots_are_written_for_one_model_and_refused_before_the_work_where_they_cannot_be(arguments, tmp_path, capsys):
+    assert main([*arguments, "--plots", f"{tmp_path}/plots"]) == 0
+    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == ["det.png", "histogram.png", "roc.png"]
+    assert {Image.open(path).size for path in (tmp_path / "plots").iterdir()} == {(972, 540)}
+    capsys.readouterr()
+    for folder, message in (("pairs.txt", "pairs.txt: is a file; --plots names a folder"), ("pairs.txt/x", "pairs.txt/x: no such folder")):
+        assert main([*arguments, "--plots", f"{tmp_path}/{folder}"]) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert captured.out == ""
+    files = [path.read_bytes() for path in sorted((tmp_path / "images").rglob("*.png"))]
+    (tmp_path / "p.bin").write_bytes(pickle.dumps((files[:20], [True] * 10), 2))
+    assert main([*arguments[:3], "--pack", f"{tmp_path}/p.bin", "--plots", f"{tmp_path}/other"]) == 2
+    assert "p.bin: its pairs are all of one kind, genuine or impostor" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
 def test_an_interrupt_ends_in_one_line_and_exit_code_130(arguments, tmp_path, capsys, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
@@ -112,6 +134,7 @@ def test_a_pack_of_the_folder_gives_the_same_numbers(arguments, tmp_path, capsys
         assert record.pop("images_per_second") > 0
     assert records[0] == records[1]
     assert records[1]["source"] == "pairs.txt"
+    assert (records[1]["intervals"]["identities"], records[1]["intervals"]["identities_inferred"]) == (11, False)
 
 
 def test_a_bin_pack_is_evaluated_and_converted(arguments, tmp_path, capsys):
@@ -127,6 +150,7 @@ def test_a_bin_pack_is_evaluated_and_converted(arguments, tmp_path, capsys):
         printed.append(capsys.readouterr().out.splitlines()[:-1])  # without the last line, the speed
     assert printed[0] == printed[1]
     assert printed[0][2].startswith("20 pairs of ")
+    assert ", inferred from the genuine pairs, 1000 times" in printed[0][-1]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ from eval.embedder import load_embedder
 from eval.errors import EvalError
 from eval.ijb_meta import read_templates
 from eval.images import FaceImages
+from eval.report import sections
+from eval.results import read_results
 from model.vit import build_vit
 from tests import reference_ijb as reference
 from tests.ijb_sets import PEOPLE, write_ijb
@@ -53,6 +55,9 @@ def test_every_number_of_every_mode_is_the_reference_s(made, expected, tmp_path,
     arguments, root = made
     assert main([*arguments, "--json", f"{tmp_path}/out.json"]) == 0
     record = json.loads((tmp_path / "out.json").read_text())
+    (section,) = sections(read_results([tmp_path / "out.json"]))  # report and table read what is written
+    assert len(section.rows) == 2 * len(record["modes"])
+    assert [model.curves.model_dump() for model in section.models] == [record["curves"]]
     assert {key: record[key] for key in ("protocol", "target", "compared", "default_mode", "images", "templates")} == {
         "protocol": "ijb", "target": "IJBC", "compared": "both", "default_mode": "N1D1F1", "images": 180, "templates": 36
     }  # fmt: skip

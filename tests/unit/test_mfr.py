@@ -17,6 +17,7 @@ from eval.embed import embed
 from eval.embedder import load_embedder
 from eval.errors import EvalError
 from eval.mfr_folder import FOLDERS, RACES, face_images, read_folder
+from eval.results import read_results
 from eval.verification import tar_at_far
 from model.vit import build_vit
 from tests.unit.test_mfr_package import tiny_model
@@ -115,6 +116,8 @@ def test_run_prints_and_writes_every_set_and_the_score(sets, weights, tmp_path, 
     assert main(["mfr", "run", "--model", str(weights), "--data", str(sets), "--json", str(out), "--state", str(tmp_path / "state")]) == 0
     printed = capsys.readouterr().out
     record = json.loads(out.read_text())
+    (entry,) = read_results([out])  # report and table read what is written
+    assert {name: point.tar for name, point in entry.result.sets.items()} == {name: each["tar"] for name, each in record["sets"].items()}
     assert (record["protocol"], record["input_range"]) == ("mfr", "-1..1")
     assert list(record["sets"]) == list(mfr.FAR)
     for name, numbers in record["sets"].items():

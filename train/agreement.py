@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from train.document import Key, Problem, did_you_mean, dotted, show
 
 if TYPE_CHECKING:
-    from train.config import BatchConfig, MarginSection, RunConfig, ScheduleConfig, StageConfig
+    from train.config import BatchConfig, RunConfig, ScheduleConfig, StageConfig
+    from train.margins import MarginSection
 
 
 def contradictions(run: RunConfig) -> Iterator[Problem]:

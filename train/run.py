@@ -15,7 +15,7 @@ from data_pipeline.loader import FaceLoader
 from model.norm_margin import AdaFace, MagFace
 from model.partial_fc import Margin, PartialFC
 from train.checkpoint import Checkpoints, Saved
-from train.config import AdaFaceMargin, MagFaceMargin, MarginSection, RunConfig
+from train.config import RunConfig
 from train.dist import RankError, Ranks
 from train.ema import BackboneEma
 from train.engine import set_batch, set_learning_rate
@@ -23,6 +23,7 @@ from train.evaluation import PairVerification
 from train.guard import APPLIED, Guard
 from train.live import Progress
 from train.lock import OutputLock
+from train.margins import AdaFaceMargin, MagFaceMargin, MarginSection
 from train.metrics import TARGETS, Metrics
 from train.replicas import replicas, require_equal
 from train.report import stage_line

@@ -170,6 +170,8 @@ class StageConfig(Section):
     # pco_shared, epl), or the expectations alone (replace).
     centers: Literal["learned", "pco", "pco_shared", "epl", "replace", "vpl"] = "learned"
     update_expectation: bool = False  # move the expectations with every applied step
+    # The class centers alone learn: nothing of the backbone changes, not even BatchNorm's running statistics. See train.backbone.
+    freeze_backbone: bool = False
     batch: BatchConfig | None = None  # null: the run's
     schedule: SegmentConfig | None = None  # a curve over this stage alone; null: the run's, which all such stages share
 

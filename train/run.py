@@ -12,8 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from data_pipeline.loader import FaceLoader
+from model.collectives import Collectives
 from model.norm_margin import AdaFace, MagFace
 from model.partial_fc import Margin, PartialFC
+from train.backbone import FrozenBackbone, TrainedBackbone
 from train.checkpoint import Checkpoints, Saved
 from train.config import RunConfig
 from train.dist import RankError, Ranks
@@ -59,6 +61,7 @@ class Run:
     flags: Flags
     progress: Progress
     tensorboard: TensorBoard | None  # on rank 0, with metrics.tensorboard
+    backbone: TrainedBackbone | FrozenBackbone = field(init=False)  # the engine as the current stage uses it
     losses: StageLosses = field(default_factory=StageLosses)
     step: int = 0  # completed optimizer steps
     window: Window = field(default_factory=Window)
@@ -86,6 +89,10 @@ class Run:
         self.head.set_stage(config.sample_rate, config.centers, config.update_expectation, margin, curricular)
         self.guard.enter_stage(stage.name)
         set_batch(self.engine, stage.micro_batch_size, stage.grad_accum_steps)
+        if config.freeze_backbone:
+            self.backbone = FrozenBackbone(self.engine, Collectives(self.ranks.group), stage.grad_accum_steps)
+        else:
+            self.backbone = TrainedBackbone(self.engine, self.ema)
         if not self._reads_for(stage):
             self.bytes_of_stages += self.batches.bytes_read
             self.batches = self.ranks.together(lambda: self.open_batches(stage.index, bad_records=self.batches.bad_records))
@@ -118,12 +125,12 @@ class Run:
         return self.stages.finish_step(self.step, self.ranks.agree)
 
     def check_replicas(self) -> None:
-        """Stop if the ranks' weights are not equal, in the steps that guard.replica_check_steps names; to be called before engine.step.
+        """Stop if the ranks' weights are not equal, in the steps that guard.replica_check_steps names; to be called before the step.
 
         Raises RankError. Collectives: see train.replicas.require_equal.
         """
         every = self.cfg.guard.replica_check_steps
-        if every is not None and (self.step + 1) % every == 0 and self.engine.is_gradient_accumulation_boundary():
+        if every is not None and (self.step + 1) % every == 0 and self.backbone.ends_step:
             require_equal(self.step + 1, replicas(self.engine, self.head), self.ranks)
 
     def measure_head_gradient(self) -> None:
@@ -147,7 +154,7 @@ class Run:
             self.stages.observe(measured[2])
         self.progress.step(self.step, self.stages.total_steps)
         if self._log_due(self.step):
-            self._publish(lr, float(self.engine.get_global_grad_norm()) if outcome == APPLIED else math.nan)
+            self._publish(lr, self.backbone.gradient_norm() if outcome == APPLIED else math.nan)
 
     def _log_due(self, step: int) -> bool:
         return step % self.cfg.metrics.log_every == 0 or step == self.stages.total_steps

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.collectives import Collectives
 from train.ema import BackboneEma
@@ -17,7 +17,7 @@ class TrainedBackbone:
     def __init__(self, engine, ema: BackboneEma | None) -> None:
         """``engine``: a DeepSpeedEngine; ``ema``: None where no mean is kept."""
         self._engine, self._ema = engine, ema
-        engine.train()
+        _set_mode(engine, training=True)
 
     def __call__(self, images: Tensor) -> Tensor:
         """[b, 3, 112, 112] -> [b, D] float32."""
@@ -62,7 +62,7 @@ class FrozenBackbone:
         """``grad_accum_steps``: micro-batches of a step."""
         self._engine, self._ranks, self._grad_accum_steps = engine, ranks, grad_accum_steps
         self._embeddings: list[Tensor] = []  # [b, D] of each micro-batch of the step; leaves, whose gradients say whether all was finite
-        engine.eval()
+        _set_mode(engine, training=False)
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
@@ -98,3 +98,9 @@ class FrozenBackbone:
     def gradient_norm(self) -> float:
         """NaN: there is no gradient."""
         return math.nan
+
+
+def _set_mode(engine, *, training: bool) -> None:
+    """Of the engine and its module. DeepSpeed's own ``train`` and ``eval`` set the module's alone, and who evaluates in between
+    (eval.embedder) restores what the engine says."""
+    nn.Module.train(engine, training)

@@ -30,6 +30,9 @@ class ModelConfig(Section):
 
     name: str = "vit_b"  # a preset of model.vit
     embedding_size: PositiveInt = 512  # D
+    # Begin with these weights: whatever eval.weights opens, of this preset and size. Rank 0 reads them, and only where a run begins: one
+    # that goes on takes its checkpoint's. null: random.
+    init_from: Path | None = None
     mask_ratio: Fraction = 0.0  # share of the 144 tokens dropped in training
     drop_path: Fraction | None = None  # rate of the last block; null: the preset's
     activation_checkpointing: bool = False  # recompute the blocks in backward: less memory, a third more compute
@@ -47,6 +50,9 @@ class HeadConfig(Section):
     loss: Literal["softmax", "uniface"] = "softmax"
     # Negatives above this cosine are left out, because they may be the true class of a wrong label; null: none are.
     interclass_filter: Annotated[float, Field(gt=0, lt=1)] | None = None
+    # What the class centers begin with where a run begins: random directions, or the mean of the embeddings that the initial backbone gives
+    # the images of the class, for which all images are read once before the first step. See train.initial_centers.
+    init_centers: Literal["random", "class_means"] = "random"
     optimizer: Literal["row_sparse", "dense"] = "row_sparse"  # AdamW on the scored rows, or on all rows
     # Operands of the head's matrix products; sums are float32. auto: bfloat16 on a GPU unless DeepSpeed's precision is fp32, else float32.
     product_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -294,7 +300,8 @@ class RunConfig(Section):
     def mathematics(self) -> dict[str, Any]:
         """The fields that change what is computed, as JSON values.
 
-        Left out: where things lie (output, data.path: the loader's fingerprint tells data sets apart), how a run is watched, guarded, saved
+        Left out: where things lie (output, data.path: the loader's fingerprint tells data sets apart; model.init_from: the weights that
+        came of it are in every checkpoint, with their digest, and a run goes on without the file), how a run is watched, guarded, saved
         and evaluated (resume, guard, metrics, watchdog, checkpoint, eval), what is only checked (data.num_images, data.num_classes), and
         what changes speed alone (data.num_threads, model.activation_checkpointing) or when a run gives up (data.max_bad_records). A run
         that a guard stopped may thus go on with another one. The batch sections count as the images of a step, see train.build.
@@ -304,7 +311,7 @@ class RunConfig(Section):
             exclude={
                 **dict.fromkeys(("output", "resume", "guard", "metrics", "watchdog", "checkpoint", "eval"), True),
                 "data": {"path", "num_threads", "num_images", "num_classes", "max_bad_records"},
-                "model": {"activation_checkpointing"},
+                "model": {"activation_checkpointing", "init_from"},
             },
         )
 

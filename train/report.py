@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import socket
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from data_pipeline.output import replace_file
@@ -116,6 +117,7 @@ def write_summary(run: Run, pairs: Reports, pairs_ema: Reports) -> None:
         "pair_sets": _summaries(pairs),
         "pair_sets_ema": _summaries(pairs_ema),
         "checkpoint": str(run.checkpoints.last),
+        "began_with": run.origin and asdict(run.origin),
     }
     replace_file(cfg.output / SUMMARY, json.dumps(outcome, indent=1) + "\n")
 

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +23,7 @@ from train.ema import BackboneEma
 from train.engine import set_batch, set_learning_rate
 from train.evaluation import PairVerification
 from train.guard import APPLIED, Guard
+from train.initial import Origin
 from train.live import Progress
 from train.lock import OutputLock
 from train.margins import AdaFaceMargin, MagFaceMargin, MarginSection
@@ -68,6 +69,7 @@ class Run:
     published: Published = field(default_factory=Published)
     restarts: int = 0  # from checkpoints, of processes that logged a step
     furthest: int = 0  # step that any process of the run has reached, as far as it was logged
+    origin: Origin | None = None  # the weights that the backbone began with; None: random ones
     peak_flops: float = math.nan  # of this rank's device
     saved_step: int | None = None  # of the newest checkpoint that this process began, or went on from
     bytes_of_stages: int = 0  # read by the loaders of stages that are over
@@ -198,6 +200,7 @@ class Run:
             "epoch": self.stages.epoch(self.step),
             "guard": self.guard.state(),
             "losses": self.losses.state(),
+            "origin": self.origin and asdict(self.origin),
             "window": self.window.state(),
             "trained": {"images": self.images_trained, "seconds": self.seconds_trained},
         }

@@ -14,9 +14,10 @@ from model.partial_fc import PartialFC
 from model.vit import build_vit
 from tests.ranks import run_ranks
 from tests.reference import adamw_reference, head_reference, relative_error
-from tests.training import check_same_run, packed_faces, train_on_rank, write_recipe
-from train.backbone import FrozenBackbone
+from tests.training import ROOT, check_same_run, packed_faces, train_on_rank, write_recipe
+from train.backbone import FrozenBackbone, TrainedBackbone
 from train.config import RunConfig
+from train.ds_config import load_ds_config
 
 # The head alone, the whole, the head again, the whole again; the first two share an epoch of 3 steps. A checkpoint follows every step.
 FREEZES = {
@@ -216,3 +217,25 @@ def test_a_frozen_stage_that_could_move_nothing_at_all_is_refused():
     with pytest.raises(ValueError, match=r"stages\.1\.freeze_backbone: true leaves nothing to train"):
         recipe(centers="replace")
     assert recipe(centers="replace", update_expectation=True).stages[1].freeze_backbone
+
+
+def modes_around_an_evaluation(group):
+    """Whether the module trains, as each stage begins and after an evaluation in it; one rank."""
+    from eval.embedder import module_embedder
+    from train.engine import build_engine, build_optimizer
+
+    cfg = recipe()
+    ds_config, _ = load_ds_config(ROOT / "ds_configs/zero1_fp32.json", cfg, 1, "cpu")
+    net = build_vit("vit_xxt", embedding_size=D)
+    engine = build_engine(net, build_optimizer(net, cfg.optimizer), ds_config)
+    modes = []
+    for stage in (lambda: FrozenBackbone(engine, Collectives(group)), lambda: TrainedBackbone(engine, None)):
+        stage()
+        modes.append(net.training)
+        module_embedder(engine, source="the engine")(torch.zeros(2, 112, 112, 3, dtype=torch.uint8))
+        modes.append(net.training)
+    return modes
+
+
+def test_an_evaluation_leaves_a_frozen_backbone_frozen_and_another_in_training():
+    assert run_ranks(1, modes_around_an_evaluation) == [[False, False, True, True]]

@@ -134,7 +134,10 @@ def describe(plan: Plan) -> str:
             f"statistics over that of one ({first.micro_batch_size})"
         )
     if frozen := [stage.name for stage in plan.stages if stage.freeze_backbone]:
-        lines.append(f"backbone: frozen in stage {', '.join(frozen)}, where the class centers alone learn")
+        lines.append(
+            f"backbone: frozen in stage {', '.join(frozen)}, where the class centers alone learn; memory, traffic and speed are planned as "
+            "if it were trained: an upper bound"
+        )
     epochs = plan.total_images / plan.num_images
     lines.append(f"in all: {plan.total_steps:,} steps, {plan.total_images:,} images, {epochs:.4g} epochs of {plan.num_images:,} images")
     if any(stage.until is not None for stage in plan.stages):

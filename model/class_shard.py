@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+INIT_STD = 0.01  # of each element of a random center
 _INIT_BLOCK = 4096  # rows drawn from one generator; fixes the initial weight whatever the world size
 
 
@@ -40,7 +42,7 @@ class ClassShard:
         return torch.where((local >= 0) & (local < len(self)), local, -1)
 
 
-def initial_centers(shard: ClassShard, embedding_size: int, seed: int, std: float = 0.01) -> Tensor:
+def initial_centers(shard: ClassShard, embedding_size: int, seed: int, std: float = INIT_STD) -> Tensor:
     """Normal(0, std) centers ``[len(shard), D]`` float32 that depend on (seed, class) alone, not on the world size.
 
     Drawn in blocks of 4096 classes, so that no rank ever builds the whole ``[C, D]`` matrix.
@@ -52,6 +54,11 @@ def initial_centers(shard: ClassShard, embedding_size: int, seed: int, std: floa
         begin, end = max(first, shard.start), min(first + _INIT_BLOCK, shard.stop)
         weight[begin - shard.start : end - shard.start] = rows[begin - first : end - first]
     return weight.mul_(std)
+
+
+def mean_initial_norm(embedding_size: int, std: float = INIT_STD) -> float:
+    """The mean L2 norm of an :func:`initial_centers` row: ``std sqrt(2) Gamma((D + 1) / 2) / Gamma(D / 2)``, of the chi distribution."""
+    return std * math.sqrt(2.0) * math.exp(math.lgamma((embedding_size + 1) / 2) - math.lgamma(embedding_size / 2))
 
 
 def sample_centers(shard: ClassShard, labels: Tensor, sample_rate: float, seed: int, step: int) -> Tensor:

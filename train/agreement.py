@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from train.document import Key, Problem, did_you_mean, dotted, show
 
 if TYPE_CHECKING:
-    from train.config import BatchConfig, MarginSection, RunConfig, ScheduleConfig, StageConfig
+    from train.config import BatchConfig, RunConfig, ScheduleConfig, StageConfig
+    from train.margins import MarginSection
 
 
 def contradictions(run: RunConfig) -> Iterator[Problem]:
@@ -97,6 +98,8 @@ def _stage_problems(run: RunConfig) -> Iterator[Problem]:
         expectation_exists |= stage.update_expectation
         if stage.centers not in ("learned", "vpl") and not expectation_exists:
             yield (*key, "centers"), f"{stage.centers} needs expectations: set update_expectation: true in this stage or an earlier one"
+        if stage.freeze_backbone and stage.centers == "replace" and not stage.update_expectation:
+            yield (*key, "freeze_backbone"), "true leaves nothing to train: with centers: replace the class centers have no gradient either"
         if run.head.loss == "uniface" and stage.centers in ("pco", "pco_shared", "epl"):
             yield (*key, "centers"), f"{stage.centers} joins two softmax terms; with head.loss: uniface use learned, replace or vpl"
 

@@ -39,7 +39,8 @@ def read_ds_config(text: str) -> tuple[Document, bool]:
 def with_batch_of(experiment: Document, cfg: RunConfig) -> tuple[Document, RunConfig]:
     """JSON and recipe of an experiment, which has one batch for all stages.
 
-    The recipe takes micro-batch and accumulation from the JSON, where numbers stand there. Raises: ConfigError.
+    The recipe takes micro-batch and accumulation from the JSON, where numbers stand there. It trains the backbone from the first step on,
+    because only steps of the engine are measured, and begins at random. Raises: ConfigError.
     """
     data: dict[str, Any] = dict(experiment.data)
     micro_batch_size, accumulation = (data.get(key, "auto") for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"))
@@ -47,6 +48,9 @@ def with_batch_of(experiment: Document, cfg: RunConfig) -> tuple[Document, RunCo
     for index, stage in enumerate(cfg.stages):
         if stage.batch:
             recipe.override(f"stages.{index}.batch=null")
+        recipe.override(f"stages.{index}.freeze_backbone=false")
+    for override in ("model.init_from=null", "head.init_centers=random"):
+        recipe.override(override)
     if micro_batch_size != "auto":
         if _profiles(data) and micro_batch_size == 1:
             data["train_micro_batch_size_per_gpu"] = micro_batch_size = _SMALLEST

@@ -14,7 +14,7 @@ from data_pipeline.augment import Augment
 from data_pipeline.graph import Decode
 from data_pipeline.loader import FaceLoader
 from model.partial_fc import PartialFC
-from model.vit import build_vit
+from model.vit import Vit, build_vit
 from train.checkpoint import Checkpoints, Identity, Layout, Saved
 from train.checkpoint_folder import CheckpointError, Retention
 from train.config import RunConfig
@@ -24,6 +24,8 @@ from train.ema import BackboneEma
 from train.engine import build_engine, build_optimizer, require_compiler
 from train.evaluation import PairVerification
 from train.guard import Guard
+from train.initial import Origin, read_initial_weights, share_initial_weights
+from train.initial_centers import set_class_means
 from train.live import LogLines, open_progress
 from train.lock import OutputLock
 from train.metrics import LOG, BuildInfo, Metrics
@@ -62,6 +64,7 @@ def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks:
         ranks.say(f"its layout is {saved.moved}: the run goes on with the same images, but not bit for bit")
     batches = ranks.together(lambda: _open_data_at(cfg, ranks, saved) if saved else _open_data(cfg, ranks, 0))
     _check_agreement(ranks, cfg, ds_config, batches)
+    net, origin = _read_initial(cfg, saved, ranks)
     stages = ranks.together(lambda: _plan_stages(cfg, batches, ranks, saved))
     build, timer, run_time = BuildInfo(ranks.world_size, summary.zero_stage, summary.precision), PartTimer(ranks.device.type), RunTime()
     live = partial(live_values, watchdog, run_time, verification)
@@ -78,6 +81,10 @@ def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks:
     )
     optimizer = ranks.together(lambda: build_optimizer(backbone, cfg.optimizer))
     engine = build_engine(backbone, optimizer, ds_config, compiled=cfg.model.compile)
+    if origin and not saved:
+        share_initial_weights(net, engine, ranks)
+        ranks.say(f"the backbone begins with {origin}")
+        del net
     time_collectives(timer)
     decay = cfg.model.ema_decay
     ema = ranks.together(lambda: BackboneEma(engine, decay) if decay is not None else None)
@@ -102,6 +109,8 @@ def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks:
         device=ranks.device,
         waiting=partial(timer.part, "comm"),
     )
+    if cfg.head.init_centers == "class_means" and not saved:
+        set_class_means(cfg, ranks, engine, head, alive=lambda: watchdog.enter("start", 0))
     # From here on every rank draws its own dropped patches and paths.
     seed_rank(cfg.seed, ranks.rank)
     guard = Guard(cfg.guard, ranks, cfg.output, summary.precision)
@@ -112,7 +121,7 @@ def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks:
     tensorboard = ranks.together(lambda: TensorBoard(cfg.output / "tensorboard", taken, ranks.say) if wanted else None)
     parts = (guard, stages, checkpoints, metrics, timer, run_time, watchdog, verification, lock, stop, flags, progress, tensorboard)
     run = Run(cfg, ranks, batches, opening, engine, ema, head, *parts)
-    run.peak_flops = peak_flops(cfg, summary.precision, ranks.device)
+    run.origin, run.peak_flops = origin, peak_flops(cfg, summary.precision, ranks.device)
     if saved:
         run.resume(saved)
         run.restarts, run.furthest = logged.get("restarts", 0) + 1, logged.get("furthest_step", saved.step)
@@ -165,6 +174,23 @@ def _read_checkpoint(cfg: RunConfig, checkpoints: Checkpoints, newest: Path | No
             )
         return None
     return checkpoints.read(newest, branch=cfg.resume == "branch")
+
+
+def _read_initial(cfg: RunConfig, saved: Saved | None, ranks: Ranks) -> tuple[Vit | None, Origin | None]:
+    """The weights that a new run begins with, on rank 0, and on every rank what they are, or were; None and None: random ones.
+
+    Raises RankError. Collectives: a gather and a broadcast, where a new run begins with weights.
+    """
+    given = cfg.model.init_from
+    if saved:
+        origin = saved.run_state["origin"] and Origin(**saved.run_state["origin"])
+        if given or origin:
+            ranks.say(f"the run began with {origin or 'random weights'}; it goes on from its checkpoint, and model.init_from is not read")
+        return None, origin
+    if given is None:
+        return None, None
+    net, origin = ranks.together(lambda: read_initial_weights(cfg.model) if ranks.is_first else None) or (None, None)
+    return net, ranks.broadcast(origin)
 
 
 def _plan_stages(cfg: RunConfig, batches: FaceLoader, ranks: Ranks, saved: Saved | None) -> StageManager:

@@ -7,43 +7,22 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    Tag,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from train.agreement import contradictions
 from train.document import ConfigError, Document, dotted, read_recipe, write_yaml
 from train.explain import PROBLEMS, explain
+from train.margins import Margin, MarginSection, UnifiedMargin
 from train.redact import redact
+from train.section import Fraction, Probability, Seconds, Section
 
 __all__ = ["ConfigError", "RunConfig", "load_run_config"]
-
-Probability = Annotated[float, Field(ge=0, le=1)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Seconds = Annotated[float, Field(gt=0, le=1e6)]
-
-
-class Section(BaseModel):
-    """One section of the recipe: immutable, and closed to keys it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -51,61 +30,14 @@ class ModelConfig(Section):
 
     name: str = "vit_b"  # a preset of model.vit
     embedding_size: PositiveInt = 512  # D
+    # Begin with these weights: whatever eval.weights opens, of this preset and size. Rank 0 reads them, and only where a run begins: one
+    # that goes on takes its checkpoint's. null: random.
+    init_from: Path | None = None
     mask_ratio: Fraction = 0.0  # share of the 144 tokens dropped in training
     drop_path: Fraction | None = None  # rate of the last block; null: the preset's
     activation_checkpointing: bool = False  # recompute the blocks in backward: less memory, a third more compute
     compile: bool = False  # torch.compile: fused kernels, rounded otherwise; needs a compiler, a minute at the start, and ZeRO 1 or 2
     ema_decay: Fraction | None = None  # weight of the past in an exponential mean of the weights, kept beside them; null: none is kept
-
-
-class MarginSection(Section):
-    """What the margins have in common."""
-
-    kind: str
-
-    def text(self) -> str:
-        """``unified m1 1 m2 0.5 m3 0``."""
-        values = [f"{name} {value:g}" for name, value in self if isinstance(value, float)]
-        return " ".join([self.kind, *values, *(name for name, value in self if value is True)])
-
-
-class UnifiedMargin(MarginSection):
-    """Target logit: s (cos(m1 theta + m2) - m3). SphereFace, ArcFace and CosFace, alone or together."""
-
-    kind: Literal["unified"] = "unified"
-    m1: Annotated[float, Field(ge=1)] = 1.0  # factor (SphereFace)
-    m2: Annotated[float, Field(ge=0, lt=math.pi)] = 0.0  # radians (ArcFace)
-    m3: Probability = 0.0  # cosine (CosFace)
-    curricular: bool = False  # hard negatives count for more, as in CurricularFace
-
-
-class AdaFaceMargin(MarginSection):
-    """The margin follows the embedding's norm as a measure of image quality: AdaFace, arXiv:2204.00964."""
-
-    kind: Literal["adaface"]
-    m: Annotated[float, Field(gt=0, lt=math.pi / 2)] = 0.4  # radians and cosine
-    h: PositiveFloat = 0.333  # how much of a norm's standard deviation counts
-
-
-class MagFaceMargin(MarginSection):
-    """The angle grows with the embedding's norm, which is trained along: MagFace, arXiv:2103.06627."""
-
-    kind: Literal["magface"]
-    l_a: PositiveFloat = 10.0  # norms are clamped to [l_a, u_a]
-    u_a: PositiveFloat = 110.0
-    l_m: Annotated[float, Field(ge=0, lt=math.pi)] = 0.45  # radians at l_a
-    u_m: Annotated[float, Field(ge=0, lt=math.pi)] = 0.8  # radians at u_a
-    lambda_g: NonNegativeFloat = 35.0  # weight of the term that makes norms large
-
-
-def _kind(margin: Any) -> str:
-    return str(margin.get("kind", "unified")) if isinstance(margin, dict) else getattr(margin, "kind", "unified")
-
-
-Margin = Annotated[
-    Annotated[UnifiedMargin, Tag("unified")] | Annotated[AdaFaceMargin, Tag("adaface")] | Annotated[MagFaceMargin, Tag("magface")],
-    Discriminator(_kind),
-]
 
 
 class HeadConfig(Section):
@@ -118,6 +50,9 @@ class HeadConfig(Section):
     loss: Literal["softmax", "uniface"] = "softmax"
     # Negatives above this cosine are left out, because they may be the true class of a wrong label; null: none are.
     interclass_filter: Annotated[float, Field(gt=0, lt=1)] | None = None
+    # What the class centers begin with where a run begins: random directions, or the mean of the embeddings that the initial backbone gives
+    # the images of the class, for which all images are read once before the first step. See train.initial_centers.
+    init_centers: Literal["random", "class_means"] = "random"
     optimizer: Literal["row_sparse", "dense"] = "row_sparse"  # AdamW on the scored rows, or on all rows
     # Operands of the head's matrix products; sums are float32. auto: bfloat16 on a GPU unless DeepSpeed's precision is fp32, else float32.
     product_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -241,6 +176,8 @@ class StageConfig(Section):
     # pco_shared, epl), or the expectations alone (replace).
     centers: Literal["learned", "pco", "pco_shared", "epl", "replace", "vpl"] = "learned"
     update_expectation: bool = False  # move the expectations with every applied step
+    # The class centers alone learn: nothing of the backbone changes, not even BatchNorm's running statistics. See train.backbone.
+    freeze_backbone: bool = False
     batch: BatchConfig | None = None  # null: the run's
     schedule: SegmentConfig | None = None  # a curve over this stage alone; null: the run's, which all such stages share
 
@@ -363,7 +300,8 @@ class RunConfig(Section):
     def mathematics(self) -> dict[str, Any]:
         """The fields that change what is computed, as JSON values.
 
-        Left out: where things lie (output, data.path: the loader's fingerprint tells data sets apart), how a run is watched, guarded, saved
+        Left out: where things lie (output, data.path: the loader's fingerprint tells data sets apart; model.init_from: the weights that
+        came of it are in every checkpoint, with their digest, and a run goes on without the file), how a run is watched, guarded, saved
         and evaluated (resume, guard, metrics, watchdog, checkpoint, eval), what is only checked (data.num_images, data.num_classes), and
         what changes speed alone (data.num_threads, model.activation_checkpointing) or when a run gives up (data.max_bad_records). A run
         that a guard stopped may thus go on with another one. The batch sections count as the images of a step, see train.build.
@@ -373,7 +311,7 @@ class RunConfig(Section):
             exclude={
                 **dict.fromkeys(("output", "resume", "guard", "metrics", "watchdog", "checkpoint", "eval"), True),
                 "data": {"path", "num_threads", "num_images", "num_classes", "max_bad_records"},
-                "model": {"activation_checkpointing"},
+                "model": {"activation_checkpointing", "init_from"},
             },
         )
 

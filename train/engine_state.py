@@ -7,7 +7,7 @@ checkpoint does neither.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,6 +127,21 @@ def load_engine_state(engine, state: dict[str, Any], read: Read, means: Sequence
         setattr(engine.optimizer.loss_scaler, name, value)
     for name, value in state["counts"].items():
         setattr(engine, name, value)
+    _refresh_weights(engine.optimizer)
+
+
+@torch.no_grad()
+def load_weights(engine, weights: Mapping[str, Tensor]) -> None:
+    """Give a new engine these weights and buffers, float32 by name; its masters have them exactly, before any rounding to its precision.
+
+    Raises: ConfigError, see :func:`local_masters`. Collectives: a gather of the low-precision weights.
+    """
+    masters = local_masters(engine)
+    for fragment in fragments(engine):
+        piece = weights[fragment.name].flatten()[fragment.start : fragment.start + fragment.count]
+        fragment.of(masters[fragment.index]).copy_(piece)
+    for name, buffer in engine.module.named_buffers():
+        buffer.copy_(weights[name])
     _refresh_weights(engine.optimizer)
 
 

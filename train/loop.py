@@ -10,8 +10,8 @@ from train.run import Run
 def train(run: Run) -> None:
     """Take optimizer steps until the last stage is over, from wherever ``run.step`` stands, and see all that was written on the disk.
 
-    The head's fate is the engine's: if the engine skipped the step (a gradient was not finite on some rank), no center and no expectation
-    moves either.
+    The head's fate is the backbone's: if the engine skipped the step (a gradient was not finite on some rank), no center and no expectation
+    moves either. Where the backbone is frozen, the gradients of its embeddings decide.
     """
     phase = run.phase
     run.begin()
@@ -24,23 +24,22 @@ def train(run: Run) -> None:
             with phase("head"):
                 run.head.prepare(batch.labels)  # before the backbone is queued: on a GPU this waits for the device, nothing after it does
             with phase("forward"):
-                embeddings = run.engine(batch.images)  # [b, D]
+                embeddings = run.backbone(batch.images)  # [b, D]
             with phase("head"):
                 loss = run.head(embeddings, batch.labels)  # scalar, equal on every rank
             with phase("backward"):
-                run.engine.backward(run.guard.watch(loss, batch.records))
+                run.backbone.backward(run.guard.watch(loss, batch.records))
             with phase("optimizer"):
                 run.check_replicas()  # before the weights are gathered anew
-                run.engine.step()  # acts on the last micro-batch only
+                run.backbone.step()  # acts on the last micro-batch only
             measured.append(torch.stack([loss.detach(), run.head.target_cosine, run.head.target_cosine_square]))
-        applied, measured = run.engine.was_step_applied(), torch.stack(measured).mean(0)
+        applied, measured = run.backbone.was_step_applied(), torch.stack(measured).mean(0)
         run.measure_head_gradient()
         outcome = run.guard.after_step(run.step + 1, measured[0], applied, run.head.not_finite_ranks)
         with phase("optimizer"):
             if applied:
                 run.head.step(lr, run.cfg.optimizer.weight_decay)
-                if run.ema:
-                    run.ema.update()
+                run.backbone.update_mean()
             else:
                 run.head.discard()
         run.step += 1

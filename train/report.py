@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import socket
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from data_pipeline.output import replace_file
@@ -52,10 +54,11 @@ def stage_line(stage: Stage, start: int, stop: int) -> str:
     """``start``, ``stop``: optimizer steps of the run before it begins, and when it is over at the latest."""
     config = stage.config
     expectation = "updated" if config.update_expectation else "not updated"
+    frozen = ", backbone frozen" if config.freeze_backbone else ""
     until = f" or until cos^2 reaches {config.until.target_cosine_square:g}" if config.until else ""
     return (
         f"stage {stage.name}: steps {start + 1} to {stop}{until}, {stage.margin.text()}, sample_rate {config.sample_rate:g}, "
-        f"centers {config.centers}, expectation {expectation}, global batch {stage.images_per_step:,}"
+        f"centers {config.centers}, expectation {expectation}, global batch {stage.images_per_step:,}{frozen}"
     )
 
 
@@ -68,7 +71,7 @@ def progress_line(record: StepRecord, total_steps: int) -> str:
         f"loss {record.loss:.4f}",
         f"cos {record.target_cosine:.3f}",
         f"lr {record.learning_rate:.2e}",
-        f"|g| {record.gradient_norm:.3g}",
+        "" if math.isnan(record.gradient_norm) else f"|g| {record.gradient_norm:.3g}",
         f"skipped {skipped}" if skipped else "",
         f"{record.images_per_second:,.0f} images/s",
         f"data {record.step_seconds['data_wait'] / total:.0%}" if total else "",
@@ -114,6 +117,7 @@ def write_summary(run: Run, pairs: Reports, pairs_ema: Reports) -> None:
         "pair_sets": _summaries(pairs),
         "pair_sets_ema": _summaries(pairs_ema),
         "checkpoint": str(run.checkpoints.last),
+        "began_with": run.origin and asdict(run.origin),
     }
     replace_file(cfg.output / SUMMARY, json.dumps(outcome, indent=1) + "\n")
 

@@ -6,23 +6,27 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from data_pipeline.loader import FaceLoader
+from model.collectives import Collectives
 from model.norm_margin import AdaFace, MagFace
 from model.partial_fc import Margin, PartialFC
+from train.backbone import FrozenBackbone, TrainedBackbone
 from train.checkpoint import Checkpoints, Saved
-from train.config import AdaFaceMargin, MagFaceMargin, MarginSection, RunConfig
+from train.config import RunConfig
 from train.dist import RankError, Ranks
 from train.ema import BackboneEma
 from train.engine import set_batch, set_learning_rate
 from train.evaluation import PairVerification
 from train.guard import APPLIED, Guard
+from train.initial import Origin
 from train.live import Progress
 from train.lock import OutputLock
+from train.margins import AdaFaceMargin, MagFaceMargin, MarginSection
 from train.metrics import TARGETS, Metrics
 from train.replicas import replicas, require_equal
 from train.report import stage_line
@@ -58,12 +62,14 @@ class Run:
     flags: Flags
     progress: Progress
     tensorboard: TensorBoard | None  # on rank 0, with metrics.tensorboard
+    backbone: TrainedBackbone | FrozenBackbone = field(init=False)  # the engine as the current stage uses it
     losses: StageLosses = field(default_factory=StageLosses)
     step: int = 0  # completed optimizer steps
     window: Window = field(default_factory=Window)
     published: Published = field(default_factory=Published)
     restarts: int = 0  # from checkpoints, of processes that logged a step
     furthest: int = 0  # step that any process of the run has reached, as far as it was logged
+    origin: Origin | None = None  # the weights that the backbone began with; None: random ones
     peak_flops: float = math.nan  # of this rank's device
     saved_step: int | None = None  # of the newest checkpoint that this process began, or went on from
     bytes_of_stages: int = 0  # read by the loaders of stages that are over
@@ -85,6 +91,10 @@ class Run:
         self.head.set_stage(config.sample_rate, config.centers, config.update_expectation, margin, curricular)
         self.guard.enter_stage(stage.name)
         set_batch(self.engine, stage.micro_batch_size, stage.grad_accum_steps)
+        if config.freeze_backbone:
+            self.backbone = FrozenBackbone(self.engine, Collectives(self.ranks.group), stage.grad_accum_steps)
+        else:
+            self.backbone = TrainedBackbone(self.engine, self.ema)
         if not self._reads_for(stage):
             self.bytes_of_stages += self.batches.bytes_read
             self.batches = self.ranks.together(lambda: self.open_batches(stage.index, bad_records=self.batches.bad_records))
@@ -117,12 +127,12 @@ class Run:
         return self.stages.finish_step(self.step, self.ranks.agree)
 
     def check_replicas(self) -> None:
-        """Stop if the ranks' weights are not equal, in the steps that guard.replica_check_steps names; to be called before engine.step.
+        """Stop if the ranks' weights are not equal, in the steps that guard.replica_check_steps names; to be called before the step.
 
         Raises RankError. Collectives: see train.replicas.require_equal.
         """
         every = self.cfg.guard.replica_check_steps
-        if every is not None and (self.step + 1) % every == 0 and self.engine.is_gradient_accumulation_boundary():
+        if every is not None and (self.step + 1) % every == 0 and self.backbone.ends_step:
             require_equal(self.step + 1, replicas(self.engine, self.head), self.ranks)
 
     def measure_head_gradient(self) -> None:
@@ -146,7 +156,7 @@ class Run:
             self.stages.observe(measured[2])
         self.progress.step(self.step, self.stages.total_steps)
         if self._log_due(self.step):
-            self._publish(lr, float(self.engine.get_global_grad_norm()) if outcome == APPLIED else math.nan)
+            self._publish(lr, self.backbone.gradient_norm() if outcome == APPLIED else math.nan)
 
     def _log_due(self, step: int) -> bool:
         return step % self.cfg.metrics.log_every == 0 or step == self.stages.total_steps
@@ -190,6 +200,7 @@ class Run:
             "epoch": self.stages.epoch(self.step),
             "guard": self.guard.state(),
             "losses": self.losses.state(),
+            "origin": self.origin and asdict(self.origin),
             "window": self.window.state(),
             "trained": {"images": self.images_trained, "seconds": self.seconds_trained},
         }

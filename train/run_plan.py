@@ -26,6 +26,7 @@ class StagePlan:
     centers: str
     update_expectation: bool
     margin: str
+    freeze_backbone: bool  # the class centers alone learn
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def plan_run(cfg: RunConfig, num_images: int, world_size: int) -> Plan:
             centers=stage.config.centers,
             update_expectation=stage.config.update_expectation,
             margin=stage.margin.text(),
+            freeze_backbone=stage.config.freeze_backbone,
         )
         for stage in stages
     )
@@ -130,6 +132,11 @@ def describe(plan: Plan) -> str:
         lines.append(
             f"accumulation: the head's loss is over the micro-batch of all ranks ({at_once:,} images in stage {first.name}), BatchNorm's "
             f"statistics over that of one ({first.micro_batch_size})"
+        )
+    if frozen := [stage.name for stage in plan.stages if stage.freeze_backbone]:
+        lines.append(
+            f"backbone: frozen in stage {', '.join(frozen)}, where the class centers alone learn; memory, traffic and speed are planned as "
+            "if it were trained: an upper bound"
         )
     epochs = plan.total_images / plan.num_images
     lines.append(f"in all: {plan.total_steps:,} steps, {plan.total_images:,} images, {epochs:.4g} epochs of {plan.num_images:,} images")

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.config import ConfigError, MarginSection, RunConfig, ScheduleConfig, StageConfig, UntilConfig
+from train.config import ConfigError, RunConfig, ScheduleConfig, StageConfig, UntilConfig
+from train.margins import MarginSection
 from train.schedule import Curve, build_curve
 
 

@@ -84,6 +84,7 @@ class Workload:
         return [
             *self.overrides,
             *("epochs=null", "eval=null", "resume=never", "checkpoint={}", "schedule.warmup_epochs=0", "schedule.warmup_steps=null"),
+            *("model.init_from=null", "head.init_centers=random"),
             *("metrics.port=0", f"metrics.log_every={self.window_steps}"),
             f"stages={json.dumps([stage])}",
             f"batch={json.dumps(batch)}",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from model.flops import backbone_flops
+from model.flops import backbone_flops, backbone_forward_flops
 from model.vit import PRESETS
 from train.accelerators import accelerator_of
 from train.config import RunConfig
@@ -183,7 +183,11 @@ def memory(device: torch.device) -> dict[str, float]:
 def _operations(run: Run, samples: int) -> float:
     """Of this rank for ``samples`` of its own images."""
     model, stage = run.cfg.model, run.stages.stage
-    of_image = backbone_flops(PRESETS[model.name], mask_ratio=model.mask_ratio, embedding_size=model.embedding_size)
+    preset, embedding_size = PRESETS[model.name], model.embedding_size
+    if stage.config.freeze_backbone:  # forward alone, and no token is dropped
+        of_image = backbone_forward_flops(preset, embedding_size=embedding_size)
+    else:
+        of_image = backbone_flops(preset, mask_ratio=model.mask_ratio, embedding_size=embedding_size)
     at_once = stage.micro_batch_size * run.ranks.world_size
     return samples * of_image + samples // stage.micro_batch_size * run.head.flops(at_once)
 

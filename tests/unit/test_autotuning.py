@@ -128,3 +128,9 @@ def test_a_file_with_autotuning_switched_on_is_refused_because_the_run_would_end
 def test_what_is_neither_a_file_nor_json_is_refused_in_one_line(text, expected):
     with pytest.raises(ConfigError, match=expected):
         read_ds_config(text)
+
+
+def test_an_experiment_trains_the_backbone_from_its_first_step_on(handed_over):
+    frozen = [{"name": "head", "steps": 1, "freeze_backbone": True}, {"name": "whole", "steps": 1}]
+    _, cfg = with_batch_of(read_ds_config(handed_over({"autotuning": ENABLED}))[0], recipe(stages=frozen))
+    assert [stage.freeze_backbone for stage in cfg.stages] == [False, False]

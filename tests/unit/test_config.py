@@ -265,9 +265,10 @@ def test_the_resolved_recipe_reads_back_as_an_equal_object(recipe, tmp_path):
 
 SAME = ["output=elsewhere", "resume=never", "metrics.port=0", "checkpoint.every_steps=5", "data.path=moved", "data.num_threads=7",
         "model.activation_checkpointing=true", "eval={images: i, pairs: p}", "guard.spike_factor=3", "data.num_images=5",
-        "watchdog.data_s=9"]  # fmt: skip
+        "watchdog.data_s=9", "model.init_from=given.safetensors"]  # fmt: skip
 OTHER = ["seed=1", "optimizer.lr=1e-3", "batch.micro_batch_size=3", "stages.0.epochs=1", "head.margin.m2=0.4", "data.augment.flip=0",
-         "model.mask_ratio=0.1", "model.compile=true", "schedule.decay=polynomial", "data.min_images_per_identity=2"]  # fmt: skip
+         "model.mask_ratio=0.1", "model.compile=true", "schedule.decay=polynomial", "data.min_images_per_identity=2",
+         "head.init_centers=class_means", "stages.0.freeze_backbone=true"]  # fmt: skip
 
 
 def test_the_mathematics_ignore_where_and_how_a_run_is_watched(recipe):
@@ -283,7 +284,15 @@ def test_the_mathematics_see_every_change_of_what_is_computed(recipe):
 
 def test_ranks_must_share_everything_but_the_places_of_things(recipe):
     local = ["output=elsewhere", "metrics.port=0", "metrics.host=0.0.0.0", "data.path=moved", "data.num_threads=7"]
-    shared = ["metrics.log_every=3", "checkpoint.every_steps=5", "guard.max_skipped=9", "watchdog.data_s=9", "seed=1", "resume=never"]
+    shared = [
+        "metrics.log_every=3",
+        "checkpoint.every_steps=5",
+        "guard.max_skipped=9",
+        "watchdog.data_s=9",
+        "seed=1",
+        "resume=never",
+        "model.init_from=x",
+    ]
     plain = load_run_config(recipe).shared_values()
     assert load_run_config(recipe, local).shared_values() == plain
     assert all(load_run_config(recipe, [override]).shared_values() != plain for override in shared)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.unit.record_sets import field_records, write_records
 from train.config import ConfigError, load_run_config
-from train.plan import compare, count_images, main, plan_run, written_for
+from train.plan import compare, count_images, describe, main, plan_run, written_for
 
 ROOT = Path(__file__).resolve().parents[2]
 WEBFACE = 42_474_557
@@ -218,3 +218,11 @@ def test_plan_is_a_command_of_train_beside_the_training_itself():
     files = ["--config", "train/recipes/lvface_v1.yaml", "--deepspeed_config", "ds_configs/zero1_bf16.json"]
     done = train("plan", *files, "--world-size", "7")
     assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_a_plan_names_frozen_stages_and_needs_no_file_of_weights():
+    frozen = ["model.init_from=nowhere.safetensors", "data.num_images=1000", "data.num_classes=50"]
+    cfg = load_run_config(ROOT / "train/recipes/lfw_tiny_finetune.yaml", frozen)
+    plan = plan_run(cfg, 1000, 2)
+    assert [stage.freeze_backbone for stage in plan.stages] == [True, False]
+    assert "backbone: frozen in stage head, where the class centers alone learn" in describe(plan)

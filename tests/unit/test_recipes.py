@@ -150,8 +150,21 @@ def test_the_variants_of_lfw_tiny_differ_in_their_stages_alone():
         "lfw_tiny_epl": [("early", 12, 0.5, "learned"), ("stable", 4, 1.0, "epl")],
         "lfw_tiny_replace": [("early", 12, 0.5, "learned"), ("stable", 4, 1.0, "replace")],
     }
-    assert {path.stem for path in FOLDER.glob("lfw_tiny*")} == set(expected)
+    assert {path.stem for path in FOLDER.glob("lfw_tiny*")} == {*expected, "lfw_tiny_finetune"}
     for name, table in expected.items():
         run = recipe(name)
         assert stages(run, "name", "epochs", "sample_rate", "centers") == table
         assert run.model_copy(update={"stages": tiny.stages, "output": tiny.output}) == tiny
+
+
+def test_lfw_tiny_finetune_warms_up_the_head_before_it_trains_the_whole_slowly():
+    tiny, run = recipe("lfw_tiny"), recipe("lfw_tiny_finetune", "model.init_from=given.safetensors")
+    assert stages(run, "name", "freeze_backbone", "sample_rate", "centers") == [
+        ("head", True, 1.0, "learned"),
+        ("whole", False, 1.0, "learned"),
+    ]
+    assert (run.head.init_centers, str(run.model.init_from)) == ("class_means", "given.safetensors")
+    assert recipe("lfw_tiny_finetune").model.init_from is None  # which weights is said on the command line
+    assert run.optimizer.lr == tiny.optimizer.lr / 5
+    assert run.stages[0].schedule.warmup_steps == 0  # the run's warm-up begins with the backbone's first step
+    assert (run.data, run.batch, run.head.margin) == (tiny.data, tiny.batch, tiny.head.margin)

@@ -55,7 +55,7 @@ def _latest_backbone(run: Path, name: str) -> Path:
     pointer = run / "checkpoints" / POINTER
     if not pointer.is_file():
         raise EvalError(f"{run}: a run with no complete checkpoint ({pointer} is missing); train until one is written, or name another run")
-    _refuse_outside(pointer, pointer.parent)
+    refuse_outside(pointer, pointer.parent)
     checkpoint = pointer.read_text(encoding="utf-8", errors="replace").strip()
     if not is_plain_name(checkpoint):
         raise EvalError(f"{pointer}: expected the name of a folder beside it, found {checkpoint!r:.80}")
@@ -64,11 +64,11 @@ def _latest_backbone(run: Path, name: str) -> Path:
         raise EvalError(f"{run}: holds no mean weights ({pointer} names {checkpoint}, which holds no {name}); train with model.ema_decay")
     if not weights.is_file():
         raise EvalError(f"{run}: a run with no complete checkpoint ({pointer} names {checkpoint}, which holds no {name})")
-    _refuse_outside(weights, pointer.parent)
+    refuse_outside(weights, pointer.parent)
     return weights
 
 
-def _refuse_outside(path: Path, folder: Path) -> None:
+def refuse_outside(path: Path, folder: Path) -> None:
     """A run may come from a stranger: its links must not choose which files of this machine are opened."""
     if not path.resolve().is_relative_to(folder.resolve()):
         raise EvalError(f"{path}: leads out of {folder}, to {path.resolve()}; copy it there, or give a .safetensors file")

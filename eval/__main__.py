@@ -5,14 +5,14 @@ import importlib
 import sys
 from datetime import timedelta
 
+from data_pipeline.errors import DataError
 from eval.commands import COMMANDS
 from eval.embedder import INPUT_RANGES
 from eval.errors import EvalError
 from train.dist import RankError, process_group, read_ranks
 
-_PATIENCE = timedelta(
-    days=7
-)  # while the first rank scores, for hours where pairs are many, the others wait; of a dead one the launcher knows
+# The others wait while the first rank scores, for hours where pairs are many; of a dead rank the launcher knows.
+_PATIENCE = timedelta(days=7)
 
 
 def main(argv: list[str]) -> int:
@@ -24,19 +24,19 @@ def main(argv: list[str]) -> int:
             _run_on_ranks(args)
         else:
             args.run(args)
-    except (EvalError, RankError, OSError) as error:
-        if args.ranks.is_first or not isinstance(error, RankError | EvalError):  # those are raised alike on every rank
+    except (EvalError, DataError, RankError, OSError) as error:
+        if args.ranks.is_first or not isinstance(error, RankError | EvalError):  # these two are raised alike on every rank
             print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted; nothing was written", file=sys.stderr)
+        print("\ninterrupted; no result was written", file=sys.stderr)
         return 130
     return 0
 
 
 def _run_on_ranks(args: argparse.Namespace) -> None:
     if not args.on_ranks:
-        raise EvalError(f"{args.name} is work for one process; start it without a launcher")
+        raise EvalError(f"{args.command} is work for one process; start it without a launcher")
     with process_group(args.ranks, _PATIENCE) as args.ranks:
         args.run(args)
 
@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         module = importlib.import_module(f"eval.commands.{name}")
         command = commands.add_parser(name, help=summary, description=module.DESCRIPTION)
         module.add_arguments(command)
-        command.set_defaults(run=module.run, name=name, on_ranks=getattr(module, "ON_RANKS", False))
+        command.set_defaults(run=module.run, command=name, on_ranks=getattr(module, "ON_RANKS", False))
     return parser
 
 

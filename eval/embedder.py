@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from eval.errors import EvalError
-from eval.weights import KINDS, load_backbone
+from eval.weights import KINDS, Backbone, load_backbone
 from model.vit import IMAGE_SIZE
 
 INPUT_RANGES = ("0..255", "-1..1")
@@ -33,6 +33,7 @@ class Embedder:
         pad: fill the last batch up to ``batch_size`` with black images and drop their rows (for graphs of a fixed batch size).
         device: where pixels are normalised.
         files: what holds the model; empty for a live network.
+        note: for people, what was unwrapped to get at the weights; "" if nothing.
     """
 
     def __init__(
@@ -45,11 +46,13 @@ class Embedder:
         pad: bool = False,
         device: torch.device | str = "cpu",
         files: Sequence[Path] = (),
+        note: str = "",
     ):
         if batch_size < 1:
             raise EvalError(f"batch size must be at least 1, got {batch_size}")
         self._forward, self._pad, self._files = forward, pad, files
         self.source, self.input_range, self.batch_size, self.device = source, input_range, batch_size, torch.device(device)
+        self.note = note
 
     @cached_property
     def digest(self) -> str | None:
@@ -84,7 +87,7 @@ class Embedder:
 
 
 def load_embedder(model: str | Path, input_range: str = "auto", batch_size: int = 64) -> Embedder:
-    """Open a model file or a run directory.
+    """Open a model file, a run directory or a release.
 
     Args:
         model: an ``.onnx`` graph (runs on the CPU; its first output counts), or weights that ``eval.weights.load_backbone`` opens. They
@@ -104,15 +107,20 @@ def load_embedder(model: str | Path, input_range: str = "auto", batch_size: int 
     backbone = load_backbone(path)
     if input_range == "0..255":
         raise EvalError(f"{path}: backbone weights take pixels in -1..1, so --input-range 0..255 can't be right; leave it at auto")
+    return backbone_embedder(backbone, batch_size)
+
+
+def backbone_embedder(backbone: Backbone, batch_size: int = 64) -> Embedder:
+    """Embed with loaded weights, which move to CUDA where there is one."""
     net = backbone.net.to("cuda" if torch.cuda.is_available() else "cpu")
-    return module_embedder(net, source=str(backbone.file), batch_size=batch_size, files=[backbone.file])
+    return module_embedder(net, source=str(backbone.file), batch_size=batch_size, files=[backbone.file], note=backbone.note)
 
 
-def module_embedder(net: nn.Module, *, source: str, batch_size: int = 64, files: Sequence[Path] = ()) -> Embedder:
+def module_embedder(net: nn.Module, *, source: str, batch_size: int = 64, files: Sequence[Path] = (), note: str = "") -> Embedder:
     """Embed with a network that takes [b, 3, 112, 112] in [-1, 1], as training builds it.
 
     Each call runs it in eval mode, without gradients, on the device of its parameters, and leaves its mode as it was. ``files``: what
-    it was loaded from, if it is to stay as it is.
+    it was loaded from, if it is to stay as it is; ``note``: see ``Embedder``.
     """
 
     def forward(pixels: Tensor) -> Tensor:
@@ -125,7 +133,7 @@ def module_embedder(net: nn.Module, *, source: str, batch_size: int = 64, files:
             net.train(was_training)
 
     device = next(net.parameters()).device
-    return Embedder(forward, source=source, input_range="-1..1", batch_size=batch_size, device=device, files=files)
+    return Embedder(forward, source=source, input_range="-1..1", batch_size=batch_size, device=device, files=files, note=note)
 
 
 def _onnx_embedder(path: Path, input_range: str, batch_size: int) -> Embedder:

@@ -25,6 +25,8 @@ MLP_RATIO = 4
 LAYER_NORM_EPS = 1e-5
 BATCH_NORM_EPS = 2e-5
 INIT_STD = 0.02
+COUNTERS = ("feature.1.num_batches_tracked", "feature.3.num_batches_tracked")  # BatchNorm's, which older state_dicts lack
+KEYS_NAMED = 5  # of each kind, where weights fit no preset
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def preset_of(state_dict: Mapping[str, Tensor]) -> str:
     """Name the preset whose keys and shapes are those of ``state_dict``, whatever its embedding size.
 
     BatchNorm's ``num_batches_tracked`` may be absent: nothing here reads it. Shapes don't show the number of heads; the preset's holds.
-    Raises: ValueError that names the nearest preset and the first key that differs from it.
+    Raises: ValueError that names the nearest preset and what differs from it: missing keys, unexpected ones, and shapes.
     """
     found = _shapes(state_dict)
     embedding_size = (found.get("feature.2.weight") or (512,))[0]
@@ -95,19 +97,29 @@ def preset_of(state_dict: Mapping[str, Tensor]) -> str:
     for name in PRESETS:
         with torch.device("meta"):
             wanted = _shapes(build_vit(name, embedding_size=embedding_size).state_dict())
-        differences[name] = [key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key)]
-        if not differences[name]:
+        if wanted == found:
             return name
-    nearest = min(differences, key=lambda name: len(differences[name]))
-    key = min(differences[nearest])
+        missing, unexpected = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+        shapes = [
+            f"{key}: expected {list(wanted[key])}, found {list(found[key])}"
+            for key in sorted(wanted.keys() & found.keys())
+            if wanted[key] != found[key]
+        ]
+        differences[name] = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    nearest = min(differences, key=lambda name: sum(map(len, differences[name].values())))
     raise ValueError(
-        f"these weights fit no preset ({', '.join(PRESETS)}); nearest is {nearest}, where {len(differences[nearest])} keys differ, "
-        f"the first being {key}: shape {found.get(key, 'absent')}"
+        f"these weights fit no preset ({', '.join(PRESETS)}); nearest is {nearest} with embeddings of {embedding_size}: "
+        + ", ".join(f"{len(keys)} keys {what} ({_cut(keys)})" for what, keys in differences[nearest].items() if keys)
     )
 
 
 def _shapes(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in state_dict.items() if not key.endswith("num_batches_tracked")}
+    return {key: tuple(value.shape) for key, value in state_dict.items() if key not in COUNTERS}
+
+
+def _cut(keys: list[str]) -> str:
+    more = f", and {len(keys) - KEYS_NAMED} more" if len(keys) > KEYS_NAMED else ""
+    return ", ".join(key[:200] for key in keys[:KEYS_NAMED]) + more
 
 
 def accumulate_in_float32(product: Callable[..., Tensor], *operands: Tensor | None) -> Tensor:

@@ -10,4 +10,6 @@ COMMANDS = {  # name of the module -> what its line in --help says
     "table": "the published figures, and yours in the same columns",
     "pack": "a folder of images and its pairs, or the field's .bin, as one safe file",
     "mfr": "the protocol of MFR-Ongoing on your own sets, and the check of a package for it",
+    "release": "weights as a folder for others: safetensors, JSON, model card, checksums",
+    "export": "weights as an ONNX graph, compared with torch before it appears",
 }

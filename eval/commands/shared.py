@@ -32,7 +32,8 @@ def open_model(args: argparse.Namespace) -> Embedder:
     """The model that the command line names, and a line about it on stdout. Collectives: one gather."""
     embedder = args.ranks.together(lambda: load_embedder(args.model, args.input_range, args.batch_size))
     how = "read from the model" if args.input_range == "auto" else "as told"
-    args.ranks.say(f"model {embedder.source}\ninput range {embedder.input_range} ({how}), batch size {embedder.batch_size}")
+    note = f" (read {embedder.note})" if embedder.note else ""
+    args.ranks.say(f"model {embedder.source}{note}\ninput range {embedder.input_range} ({how}), batch size {embedder.batch_size}")
     return embedder
 
 

@@ -231,7 +231,8 @@ def test_models_that_cannot_be_opened_are_named(tmp_path):
     for name, message in (
         ("m.onnx", "onnxruntime can't open this graph"),
         ("m.safetensors", "not a readable safetensors file"),
-        ("m.pt", "unknown kind of model.*pickles are never opened"),
+        ("m.pt", "not a readable file of torch.save"),
+        ("m.pkl", "unknown kind of model; give a run directory .*, a release, a .safetensors, a .pt or .pth or an .onnx file"),
     ):
         (tmp_path / name).write_bytes(b"not a model at all")
         with pytest.raises(EvalError, match=f"{name}: {message}"):

@@ -113,7 +113,7 @@ def test_an_interrupt_ends_in_one_line_and_exit_code_130(arguments, tmp_path, ca
 
     monkeypatch.setattr("eval.commands.pairs.evaluate_pairs", interrupt)
     assert main([*arguments, "--json", f"{tmp_path}/out.json"]) == 130
-    assert capsys.readouterr().err.strip() == "interrupted; nothing was written"
+    assert capsys.readouterr().err.strip() == "interrupted; no result was written"
     assert not (tmp_path / "out.json").exists()
 
 

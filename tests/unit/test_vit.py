@@ -93,12 +93,19 @@ def test_a_preset_is_recognised_by_its_weights(name):
     assert preset_of({key: value for key, value in state.items() if "num_batches_tracked" not in key}) == name
 
 
-def test_weights_of_no_preset_are_refused_with_the_nearest_named():
+def test_weights_of_no_preset_are_refused_with_all_that_differs_from_the_nearest():
     with torch.device("meta"):
-        state = build_vit("vit_s").state_dict()
-    del state["norm.bias"]
-    with pytest.raises(ValueError, match=r"nearest is vit_s, where 1 keys differ, the first being norm.bias: shape absent"):
+        state = build_vit("vit_s", embedding_size=64).state_dict()
+        del state["norm.bias"]
+        state["pos_embed"] = torch.empty(1, 145, 512)
+        state |= {f"head.{index}": torch.empty(1) for index in range(7)}
+    with pytest.raises(ValueError) as caught:
         preset_of(state)
+    assert str(caught.value) == (
+        "these weights fit no preset (vit_t, vit_s, vit_b, vit_l, vit_xt, vit_xxt); nearest is vit_s with embeddings of 64: "
+        "1 keys missing (norm.bias), 7 keys unexpected (head.0, head.1, head.2, head.3, head.4, and 2 more), "
+        "1 keys of another shape (pos_embed: expected [1, 144, 512], found [1, 145, 512])"
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -81,8 +82,9 @@ def write_release(backbone: Backbone, out: Path, facts: ReleaseFacts, *, force: 
     }
     with new_folder(out, OWNED, force=force) as folder:
         state = {key: value.contiguous() for key, value in backbone.net.state_dict().items()}
-        save_file(state, folder / BACKBONE, metadata={"preset": backbone.preset})
         write_file(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+        save_file(state, folder / BACKBONE, metadata={"preset": backbone.preset})
+        shutil.copymode(folder / CONFIG, folder / BACKBONE)  # safetensors makes files that only their owner reads
         write_file(folder / PREPROCESSING, json.dumps(preprocessing_facts(), indent=2) + "\n")
         write_file(folder / CARD, card(config, facts, folder))
         write_file(folder / CHECKSUMS, checksum_lines(folder))

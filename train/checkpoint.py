@@ -7,6 +7,7 @@ import json
 import math
 import os
 import secrets
+import shutil
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -243,6 +244,7 @@ class Checkpoints:
     def _write_backbone(self, path: Path, weights: dict[str, Tensor]) -> dict[str, Any]:
         fresh = path.with_name(f".{path.name}.new")
         save_file(weights, fresh, metadata={"preset": self._preset})
+        shutil.copymode(path.with_name(file_name(0)), fresh)  # safetensors makes files that only their owner reads
         with fresh.open("rb") as file:
             os.fsync(file.fileno())
             entry = {"bytes": fresh.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

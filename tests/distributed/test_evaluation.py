@@ -46,6 +46,7 @@ def test_a_run_that_is_evaluated_learns_bit_for_bit_what_it_does_without(tmp_pat
         recipe = recipe_for(world_size, tmp_path / f"{name}.yaml", data, tmp_path / name, **({"eval": section} if section else {}))
         assert run_ranks(world_size, train_on_rank, recipe, ds_config) == [8] * world_size
     last = [tmp_path / name / "checkpoints" / "step_00000008" for name in sections]
+    assert len({path.stat().st_mode for path in last[0].iterdir()}) == 1, "a file that others cannot read"
     backbones = [(folder / "backbone.safetensors").read_bytes() for folder in last]
     assert backbones[0] == backbones[1]
     states = [torch.load(folder / "rank_00000.pt", weights_only=True) for folder in last]

@@ -105,6 +105,10 @@ def test_a_release_holds_the_checkpoint_byte_for_byte_and_says_what_it_is(run, r
     assert eval(preprocessing["formula"], {"x": np.array([0, 51, 255])}).tolist() == pytest.approx([-1, -0.6, 1])
 
 
+def test_all_files_of_a_release_are_as_readable_as_each_other(release):
+    assert len({path.stat().st_mode for path in release.iterdir()}) == 1
+
+
 def test_sha256sum_agrees(release):
     done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=release, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [f"{name}: OK" for name in FILES]

@@ -11,7 +11,7 @@ import numpy as np
 from data_pipeline.names import is_plain_name
 from eval.align import aligns
 from eval.errors import EvalError
-from eval.images import FaceImages
+from eval.images import FaceImages, read_image
 
 GALLERIES = {"IJBC": ("G1", "G2"), "IJBB": ("S1", "S2")}  # target -> the names of its two galleries
 MAX_DIGITS = 18  # of a number in these files: it fits into int64
@@ -93,7 +93,7 @@ def read_templates(root: Path, target: str) -> IjbTemplates:
     paths = [os.path.join(crops, name) for name in names]  # hundreds of thousands: a Path each would take seconds
     at = np.array([places[name] for name in names])
     return IjbTemplates(
-        images=FaceImages(paths, lambda image: _read_image(paths[image]), landmarks[at]),
+        images=FaceImages(paths, lambda image: read_image(paths[image]), landmarks[at]),
         scores=scores[at],
         ids=ids,
         image=image[order],
@@ -220,10 +220,3 @@ def _text_lines(path: Path) -> Iterator[tuple[int, str]]:
                 yield line, text
     except (OSError, UnicodeDecodeError) as error:
         raise EvalError(f"{path}: not a text file in UTF-8: {error}") from error
-
-
-def _read_image(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise EvalError(f"{path}: not a readable image: {error}") from error

@@ -4,6 +4,7 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -11,6 +12,7 @@ from PIL import Image
 from eval.errors import EvalError
 from model.vit import IMAGE_SIZE
 
+IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg")  # of files that are taken for images
 MAX_PIXELS = 2**26  # of a picture that is not aligned yet, 192 MiB decoded: a few bytes may claim to be gigapixels
 
 
@@ -39,6 +41,14 @@ class FaceImages:
         with _opened(data, name, _check_pixels) as picture:
             pixels = np.asarray(picture.convert("RGB"))
         return align(pixels, self.landmarks[image])
+
+
+def read_image(path: str | Path) -> bytes:
+    """The file of an image, byte for byte. Raises: EvalError that names it."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise EvalError(f"{path}: not a readable image: {error}") from error
 
 
 def decode_image(data: bytes, name: str) -> np.ndarray:

@@ -20,9 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from eval.errors import EvalError
-from eval.images import FaceImages
+from eval.images import IMAGE_SUFFIXES, FaceImages, read_image
 from eval.mfr_pairs import Images
-from eval.pairs_file import IMAGE_SUFFIXES
 
 RACES = ("african", "caucasian", "south_asian", "east_asian")
 FOLDERS = ("mask", "children", *RACES)
@@ -76,14 +75,7 @@ def read_folder(folder: str | Path) -> MfrFolder:
 def face_images(sections: tuple[Section, ...]) -> FaceImages:
     """All images, section after section."""
     paths = [path for section in sections for path in section.paths]
-
-    def read(image: int) -> bytes:
-        try:
-            return Path(paths[image]).read_bytes()
-        except OSError as error:
-            raise EvalError(f"{paths[image]}: not a readable image: {error}") from error
-
-    return FaceImages(paths, read)
+    return FaceImages(paths, lambda image: read_image(paths[image]))
 
 
 def labelled(sections: tuple[Section, ...]) -> Images:

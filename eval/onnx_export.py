@@ -14,10 +14,9 @@ from data_pipeline.output import sync_folder, write_file
 from data_pipeline.synthetic import draw_face
 from eval.embedder import load_embedder, module_embedder
 from eval.errors import EvalError
-from eval.images import decode_image
+from eval.images import IMAGE_SUFFIXES, decode_image
 from eval.mfr_package import MAX_EMBEDDING_SIZE, MAX_OPSET, RuleResult, check_package
 from eval.onnx_graph import OPSETS, build_graph, store_weights_as_float16
-from eval.pairs_file import IMAGE_SUFFIXES
 from eval.release_folder import sha256
 from eval.weights import Backbone
 

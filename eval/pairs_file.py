@@ -1,4 +1,4 @@
-"""A folder of images and a list of pairs in the format of LFW's pairs.txt."""
+"""A folder of images and a list of pairs: LFW's pairs.txt is read here, other lists by ``eval.pair_lists``."""
 
 import re
 from dataclasses import dataclass
@@ -8,10 +8,8 @@ import numpy as np
 
 from data_pipeline.names import is_plain_name
 from eval.errors import EvalError
-from eval.images import FaceImages
+from eval.pair_lists import ListedPair, cfp_pairs, first_part, list_fields, listed_pairs, pair_set, read_lines, read_list
 from eval.pair_set import PairSet
-
-IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg")
 
 
 @dataclass(frozen=True)
@@ -36,34 +34,31 @@ class PairList:
 
 
 def find_pairs(images_dir: str | Path, pairs_file: str | Path) -> PairSet:
-    """The pairs of a file, with every image in them found before anything is embedded: a missing one must not cost an hour.
+    """The pairs of a list, with every image in them found before anything is embedded.
 
     Args:
-        images_dir: holds ``<Name>/<Name>_<number, 4 digits>`` with suffix .jpg, .png or .jpeg, aligned, 112 x 112.
-        pairs_file: see ``read_pairs``.
-    Raises: EvalError that names the image and the pairs line that asks for it when one is missing; for a file with a single fold.
+        images_dir: aligned faces of 112 x 112 pixels. For LFW's list ``<Name>/<Name>_<number, 4 digits>`` with suffix .jpg, .png or .jpeg.
+        pairs_file: LFW's, see ``read_pairs``, or another's, see ``eval.pair_lists``.
+    Raises: EvalError that names the image and the line that asks for it when one is missing; for a list with a single fold.
     """
     images_dir, pairs_file = Path(images_dir), Path(pairs_file)
     if not images_dir.is_dir():
         raise EvalError(f"{images_dir}: no such folder of images")
-    pair_list = read_pairs(pairs_file)
-    per_fold = len(pair_list.pairs) // pair_list.num_folds
-    numbers: dict[tuple[str, int], int] = {}
-    paths: list[Path] = []
-    for pair in pair_list.pairs:
-        for image in (pair.first, pair.second):
-            if image not in numbers:
-                numbers[image] = len(paths)
-                paths.append(_find_image(images_dir, image, f"{pairs_file}, line {pair.line}"))
-    return PairSet(
-        source=pairs_file,
-        origin=pairs_file.name,
-        images=FaceImages([str(path) for path in paths], lambda image: _read_file(paths[image])),
-        pairs=np.array([(numbers[pair.first], numbers[pair.second]) for pair in pair_list.pairs]),
-        same=np.array([pair.same for pair in pair_list.pairs]),
-        fold=np.arange(len(pair_list.pairs)) // per_fold,
-        named_identities=np.unique([name for name, _ in numbers], return_inverse=True)[1].astype(np.int64),
-    )
+    if pairs_file.is_dir():
+        return cfp_pairs(images_dir, pairs_file)
+    lines = read_lines(pairs_file)
+    first = list_fields(lines[0][1])
+    if len(first) in (2, 3) and not _is_header(first):
+        return listed_pairs(images_dir, pairs_file, read_list(pairs_file, lines))
+    found = read_pairs(pairs_file)
+    pairs = [
+        ListedPair(
+            *(f"{name}/{name}_{number:04d}" for name, number in (pair.first, pair.second)), pair.same, f"{pairs_file}, line {pair.line}"
+        )
+        for pair in found.pairs
+    ]
+    fold = np.arange(len(pairs)) // (len(pairs) // found.num_folds)
+    return pair_set(images_dir, pairs_file, pairs_file.name, pairs, fold, first_part)
 
 
 def read_pairs(path: str | Path) -> PairList:
@@ -75,17 +70,9 @@ def read_pairs(path: str | Path) -> PairList:
     Raises: EvalError that names the file and the line.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise EvalError(f"{path}: no such pairs file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvalError(f"{path}: not a text file in UTF-8: {error}") from error
-    lines = [(number, _fields(line)) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
-    if not lines:
-        raise EvalError(f"{path}: the file is empty; expected a first line with the number of folds and of pairs per class, as in 10 300")
+    lines = [(number, _fields(line)) for number, line in read_lines(path)]
     number, header = lines[0]
-    if len(header) != 2 or not all(re.fullmatch("[0-9]+", field) and int(field) > 0 for field in header):
+    if not _is_header(header) or 0 in map(int, header):
         expected = "expected two positive numbers, folds and pairs per class in a fold (10 300)"
         raise EvalError(f"{path}, line {number}: {expected}, found {' '.join(header)!r}")
     num_folds, per_class = map(int, header)
@@ -96,6 +83,15 @@ def read_pairs(path: str | Path) -> PairList:
         _parse_pair(path, number, fields, genuine=index % (2 * per_class) < per_class) for index, (number, fields) in enumerate(lines[1:])
     ]
     return PairList(num_folds, tuple(pairs))
+
+
+def _path(image: tuple[str, int]) -> str:
+    name, number = image
+    return f"{name}/{name}_{number:04d}"
+
+
+def _is_header(fields: list[str]) -> bool:
+    return len(fields) == 2 and all(re.fullmatch("[0-9]+", field) for field in fields)
 
 
 def _fields(line: str) -> list[str]:
@@ -121,20 +117,3 @@ def _parse_pair(path: Path, line: int, fields: list[str], *, genuine: bool) -> P
         what = "an image paired with itself" if first == second else "a pair of two persons that names one person twice"
         raise EvalError(f"{path}, line {line}: {what}: {' '.join(fields)!r}")
     return Pair(first, second, line)
-
-
-def _find_image(images_dir: Path, image: tuple[str, int], asked_by: str) -> Path:
-    name, number = image
-    stem = images_dir / name / f"{name}_{number:04d}"
-    for suffix in IMAGE_SUFFIXES:
-        path = stem.with_name(stem.name + suffix)  # not with_suffix: a name may hold a dot
-        if path.is_file():
-            return path
-    raise EvalError(f"{stem}: no such image, with suffix {', '.join(IMAGE_SUFFIXES)} (asked for by {asked_by})")
-
-
-def _read_file(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise EvalError(f"{path}: not a readable image: {error}") from error

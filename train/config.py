@@ -257,7 +257,7 @@ class EvalConfig(Section):
     """Pair verification by all ranks, at the end of training and, if asked for, in between. Every node needs the sets."""
 
     images: Path | None = None  # folder of aligned 112 x 112 images
-    pairs: Path | None = None  # pairs of them, pairs.txt in LFW's format
+    pairs: Path | None = None  # pairs of them: LFW's pairs.txt, or another list that eval.pair_lists knows
     packs: tuple[Path, ...] = ()  # more sets: NAME.pairs.safetensors, or the field's NAME.bin
     every_steps: PositiveInt | None = None  # optimizer steps; null: only where the next one says, and at the end
     every_checkpoint: bool = False  # at every checkpoint that a stage or checkpoint.every_steps asks for: what keep_best compares

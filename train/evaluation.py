@@ -82,15 +82,17 @@ class PairVerification:
 
 
 def open_sets(config: EvalConfig) -> dict[str, PairSet]:
-    """By name: that of the file of pairs, or of the pack, without what follows its first dot. Raises EvalError."""
+    """By name: that of the list of pairs, or of the pack's file, without what follows its first dot. Raises EvalError."""
     from eval.pair_pack import open_pack
     from eval.pairs_file import find_pairs
 
-    opened = [find_pairs(config.images, config.pairs)] if config.pairs else []
-    opened += [open_pack(pack) for pack in config.packs]
+    opened = [(pack.name, open_pack(pack)) for pack in config.packs]
+    if config.pairs:
+        listed = find_pairs(config.images, config.pairs)
+        opened.insert(0, (listed.origin, listed))
     sets: dict[str, PairSet] = {}
-    for pairs in opened:
-        name = pairs.source.name.partition(".")[0]
+    for file_name, pairs in opened:
+        name = file_name.partition(".")[0]
         if name in sets:
             raise EvalError(f"{pairs.source} and {sets[name].source} are both called {name}: rename one, because results go by that name")
         sets[name] = pairs

@@ -53,9 +53,12 @@ def embed_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def add_pairs_folder(command: argparse.ArgumentParser) -> None:
     """--images and --pairs, for ``open_pairs``."""
-    command.add_argument("--images", type=Path, metavar="DIR", help="holds <Name>/<Name>_0001.jpg (.png, .jpeg): aligned, 112 x 112")
+    command.add_argument("--images", type=Path, metavar="DIR", help="holds the images that the list names: aligned, 112 x 112")
     command.add_argument(
-        "--pairs", type=Path, metavar="PAIRS.txt", help="LFW format: 'folds n', then per fold n genuine and n impostor lines"
+        "--pairs",
+        type=Path,
+        metavar="PAIRS.txt",
+        help="the list as its authors wrote it: LFW's, CALFW's or CPLFW's, lines `image image 1|0`, or CFP's folder Protocol/Split/FP or FF",
     )
 
 

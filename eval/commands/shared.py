@@ -58,7 +58,7 @@ def add_pairs_folder(command: argparse.ArgumentParser) -> None:
         "--pairs",
         type=Path,
         metavar="PAIRS.txt",
-        help="the list as its authors wrote it: LFW's, CALFW's or CPLFW's, lines `image image 1|0`, or CFP's folder Protocol/Split/FP or FF",
+        help="the list as its authors wrote it: LFW's, CALFW's or CPLFW's, lines `image image 1|0`, CFP's folder Protocol/Split/FP or FF",
     )
 
 

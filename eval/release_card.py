@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import jinja2
 
 from eval.errors import EvalError
 from eval.release_folder import CONFIG, PREPROCESSING, sha256
+from eval.results import Entry, read_results
 from eval.weights import Backbone, refuse_outside
 from train.checkpoint_folder import BACKBONE, MANIFEST, CheckpointError, read_manifest
 from train.document import ConfigError, read_yaml, write_yaml
@@ -19,7 +18,6 @@ from train.redact import redact
 
 RECIPE = "recipe.yaml"  # of a run, as resolved
 TEMPLATE = Path(__file__).with_name("release_card.md")
-_NO_RESULTS = {"protocol", "model", "model_sha256", "curves", "batch_size", "seconds", "images_per_second"}  # not in the card's rows
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class ReleaseFacts:
     images: int | None = None  # of the training set
     identities: int | None = None
     recipe: str | None = None  # YAML, without secrets and folders
-    results: list[dict[str, Any]] = field(default_factory=list)  # as the commands of ``eval`` write them
+    results: list[Entry] = field(default_factory=list)  # of measurements on these weights
 
 
 def run_facts(run: Path, backbone: Backbone) -> dict[str, Any]:
@@ -63,51 +61,35 @@ def run_facts(run: Path, backbone: Backbone) -> dict[str, Any]:
     return facts
 
 
-def read_results(paths: list[Path], digest: str | None) -> list[dict[str, Any]]:
+def results_of(paths: list[Path], digest: str | None) -> list[Entry]:
     """Results that ``--json`` of the commands of ``eval`` wrote.
 
     Args:
         digest: ``Embedder.digest`` of the weights that are released.
     Raises: EvalError for a file that is no result, or one of another model.
     """
-    results = []
-    for path in paths:
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise EvalError(f"{path}: not a readable JSON file: {error}") from error
-        if not isinstance(result, dict) or not isinstance(result.get("protocol"), str):
-            raise EvalError(f"{path}: expected a result as --json writes it, with its protocol; found none")
-        if result.get("model_sha256") != digest:
+    entries = read_results(paths)
+    for entry in entries:
+        found = entry.result.model_sha256
+        if found != digest:
             raise EvalError(
-                f"{path}: a result of another model ({result.get('model')}, model_sha256 {str(result.get('model_sha256'))[:12]}), expected "
+                f"{entry.file}: a result of another model ({entry.result.model}, model_sha256 {str(found)[:12]}), expected "
                 f"{str(digest)[:12]}; measure the weights that are released"
             )
-        results.append(result)
-    return results
+    return entries
 
 
 def card(config: dict[str, Any], facts: ReleaseFacts, folder: Path) -> str:
     """The model card, in Markdown. ``config``: of config.json; ``folder``: holds the files whose checksums it tells."""
+    from eval.report import sections  # here, because it brings matplotlib
+
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         config=config,
         facts=facts,
-        results=[(result["protocol"], list(_rows(result, "in all"))) for result in facts.results],
+        sections=sections(facts.results),
         checksums={name: sha256(folder / name) for name in (BACKBONE, CONFIG, PREPROCESSING)},
     )
-
-
-def _rows(value: dict[str, Any], name: str) -> Iterator[tuple[str, str]]:
-    """(what, its numbers and modes) for a result and what is nested in it. Lists of plain numbers (folds) and paths are left out."""
-    value = {key: item for key, item in value.items() if key not in _NO_RESULTS}
-    plain = {key: item for key, item in value.items() if isinstance(item, int | float) or (isinstance(item, str) and not _is_path(item))}
-    if plain:
-        yield name, ", ".join(f"{key} {item:.6g}" if isinstance(item, float) else f"{key} {item}" for key, item in plain.items())
-    for key, item in value.items():
-        for each in item if isinstance(item, list) else [item]:
-            if isinstance(each, dict):
-                yield from _rows(each, key if name == "in all" else f"{name}, {key}")
 
 
 def _without_folders(value: Any) -> Any:
@@ -117,8 +99,3 @@ def _without_folders(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_folders(item) for item in value]
     return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
-
-
-def _is_path(text: str) -> bool:
-    """A result names files of the machine that it was measured on, see above."""
-    return "/" in text or "\\" in text

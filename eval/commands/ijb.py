@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from data_pipeline.output import replace_file
-from eval.commands.shared import Progress, add_embedding, add_model, check_output, embed_options, open_model
+from eval.commands.shared import Progress, about_model, add_embedding, add_model, check_output, embed_options, open_model
 from eval.embed import embed
 from eval.ijb import IjbReport, evaluate_templates
 from eval.ijb_identification import FPIR_TARGETS, RANKS
@@ -52,10 +52,7 @@ def run(args: argparse.Namespace) -> None:
             "protocol": "ijb",
             "target": args.target,
             "compared": args.protocol,
-            "model": embedder.source,
-            "model_sha256": embedder.digest,
-            "input_range": embedder.input_range,
-            "batch_size": embedder.batch_size,
+            **about_model(embedder),
             "data": str(args.data),
             "images": len(templates.images),
             "unused_images": templates.unused,

@@ -9,7 +9,7 @@ import torch
 
 from data_pipeline.output import replace_file
 from eval import mfr, mfr_folder, mfr_package
-from eval.commands.shared import Progress, add_embedding, add_model, check_output, embed_options, open_model
+from eval.commands.shared import Progress, about_model, add_embedding, add_model, check_output, embed_options, open_model
 from eval.errors import EvalError
 from eval.mfr_state import ScoringState
 
@@ -94,10 +94,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.json:
         record = {
             "protocol": "mfr",
-            "model": embedder.source,
-            "model_sha256": embedder.digest,
-            "input_range": embedder.input_range,
-            "batch_size": embedder.batch_size,
+            **about_model(embedder),
             "data": str(args.data),
             "device": device.type,
             **mfr.as_record(results),

@@ -7,7 +7,16 @@ from pathlib import Path
 
 from data_pipeline.output import replace_file
 from eval.bootstrap import CONFIDENCE, Interval
-from eval.commands.shared import add_embedding, add_model, add_pairs_folder, check_output, embed_options, open_model, open_pairs
+from eval.commands.shared import (
+    about_model,
+    add_embedding,
+    add_model,
+    add_pairs_folder,
+    check_output,
+    embed_options,
+    open_model,
+    open_pairs,
+)
 from eval.errors import EvalError
 from eval.pair_pack import SUFFIX
 from eval.pair_set import PairSet
@@ -42,10 +51,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         record = {
             "protocol": "pairs",
-            "model": embedder.source,
-            "model_sha256": embedder.digest,
-            "input_range": embedder.input_range,
-            "batch_size": embedder.batch_size,
+            **about_model(embedder),
             "source": pairs.origin,
             **({"pack": str(args.pack)} if args.pack else {"images": str(args.images), "pairs": str(args.pairs)}),
             **asdict(report),

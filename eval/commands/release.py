@@ -7,7 +7,7 @@ from data_pipeline.output import refuse_existing
 from eval.embedder import module_embedder
 from eval.errors import EvalError
 from eval.release import write_release
-from eval.release_card import ReleaseFacts, read_results, run_facts
+from eval.release_card import ReleaseFacts, results_of, run_facts
 from eval.release_folder import CARD, CHECKSUMS, CONFIG, FILES, OWNED, is_release
 from eval.weights import KINDS, load_backbone
 
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
         raise EvalError(f"{args.model}: is a release already; copy it, or name the run that it was made of")
     refuse_existing(args.out, OWNED, args.force)
     backbone = load_backbone(args.model, ema=args.ema)
-    results = read_results(args.results, module_embedder(backbone.net, source=str(backbone.file), files=[backbone.file]).digest)
+    results = results_of(args.results, module_embedder(backbone.net, source=str(backbone.file), files=[backbone.file]).digest)
     facts = run_facts(args.model, backbone) if args.model.is_dir() else {}
     write_release(backbone, args.out, ReleaseFacts(name=name, licence=args.licence, results=results, **facts), force=args.force)
     note = f" (read {backbone.note})" if backbone.note else ""

@@ -71,6 +71,16 @@ def open_pairs(images: Path | None, pairs_file: Path | None, pack: Path | None, 
     raise EvalError(f"give either --images DIR and --pairs PAIRS.txt, or {pack_option}")
 
 
+def about_model(embedder: Embedder) -> dict[str, Any]:
+    """What every result that ``--json`` writes says of its model."""
+    return {
+        "model": embedder.source,
+        "model_sha256": embedder.digest,
+        "input_range": embedder.input_range,
+        "batch_size": embedder.batch_size,
+    }
+
+
 def check_output(path: Path, option: str) -> None:
     """Before the work: can the file be written?"""
     if not path.parent.is_dir():

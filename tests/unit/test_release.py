@@ -71,10 +71,12 @@ def result_file(path: Path, model: Path, **changes) -> str:
         "seconds": 3.0,
         "source": "lfw",
         "images": "/home/me/images",
-        "num_pairs": 6000,
+        "num_pairs": 600,
+        "num_images": 700,
         "accuracy": {"mean": 0.87654321, "std": 0.01, "accuracies": [0.5, 0.6]},
-        "tar_at_far": [{"far_target": 0.01, "tar": 0.75}, {"far_target": 0.001, "tar": 0.5}],
-        "curves": {"genuine": 7, "far": [0.1]},
+        "accuracy_exact": {"mean": 0.88, "std": 0.02},
+        "tar_at_far": [{"far_target": 0.01, "tar": 0.75, "genuine": 300, "impostor": 300}],
+        "unresolved_far": [0.001],
         **changes,
     }
     path.write_text(json.dumps(result))
@@ -153,11 +155,10 @@ def test_the_card_tells_data_recipe_licence_and_results_without_secrets_and_fold
         "# Small one",
         "| licence of the weights | cc-by-nc-4.0 |",
         "Data: 4,321 images of 1,234 identities.",
-        "pairs, measured on these weights:",
-        "| in all | input_range -1..1, source lfw, num_pairs 6000 |",
-        "| accuracy | mean 0.876543, std 0.01 |",
-        "| tar_at_far | far_target 0.01, tar 0.75 |",
-        "| tar_at_far | far_target 0.001, tar 0.5 |",
+        "### Pairs of lfw",
+        "| accuracy | with exact thresholds | TAR@FAR=1e-02 | TAR@FAR=1e-03 |",
+        "|---|---|---|---|",
+        "| 87.65 (std 1.00) | 88.00 (std 2.00) | 75.00 | not resolved (needs 1,000 impostor pairs) |",
     ):
         assert line in card.splitlines()
     recipe = yaml.safe_load(card.split("~~~~yaml\n")[1].split("~~~~")[0])
@@ -279,7 +280,7 @@ def test_what_is_no_release_is_said_to_be_none(run, tmp_path):
             r"r\.json: a result of another model \(.*, model_sha256 000000000000\), expected [0-9a-f]{12}; measure",
         ),
         ({"model_sha256": None}, r"r\.json: a result of another model"),
-        ({"protocol": None}, r"r\.json: expected a result as --json writes it"),
+        ({"protocol": None}, r"r\.json: protocol: expected pairs, ijb, mfr, found None"),
     ],
 )
 def test_results_of_another_model_or_none_are_refused(run, tmp_path, capsys, changes, message):

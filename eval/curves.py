@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 NUM_BINS = 100
+LEAST_SPREAD = 1e-9  # of scores that fill bins; less is rounding, and edges would coincide
 POINTS_PER_DECADE = 20  # of FAR
 
 
@@ -33,6 +34,6 @@ def score_curves(genuine: ArrayLike, impostor: ArrayLike) -> ScoreCurves:
     refused = impostor[len(impostor) - 1 - np.minimum(allowed, len(impostor) - 1)]
     tar = np.where(allowed >= len(impostor), 1, 1 - np.searchsorted(genuine, refused, side="right") / len(genuine))
     low, high = float(min(genuine[0], impostor[0])), float(max(genuine[-1], impostor[-1]))
-    edges = np.linspace(low, high if high > low else low + 1, NUM_BINS + 1)
+    edges = np.linspace(low, high if high - low > LEAST_SPREAD else low + 1, NUM_BINS + 1)
     counts = (np.histogram(scores, edges)[0].tolist() for scores in (genuine, impostor))
     return ScoreCurves(len(genuine), len(impostor), far.tolist(), tar.tolist(), edges.tolist(), *counts)

@@ -1,5 +1,6 @@
 """Curves of scores agree with the numbers that are reported of the same scores."""
 
+import itertools
 import math
 
 import numpy as np
@@ -45,6 +46,13 @@ def test_histograms_hold_every_score_once():
     equal = score_curves([0.25, 0.25], [0.25])
     assert (sum(equal.genuine_counts), sum(equal.impostor_counts)) == (2, 1)
     assert all(low < high for low, high in zip(equal.edges, equal.edges[1:], strict=False))
+
+
+def test_scores_that_differ_by_rounding_alone_have_histograms_whose_edges_rise():
+    """Of a network that embeds all faces alike; report refuses other edges."""
+    found = score_curves([1.0, math.nextafter(1, 0)], [math.nextafter(1, 0)])
+    assert all(low < high for low, high in itertools.pairwise(found.edges))
+    assert (sum(found.genuine_counts), sum(found.impostor_counts)) == (2, 1)
 
 
 def test_points_lie_evenly_over_the_decades():

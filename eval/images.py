@@ -14,6 +14,7 @@ from model.vit import IMAGE_SIZE
 
 IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg")  # of files that are taken for images
 MAX_PIXELS = 2**26  # of a picture that is not aligned yet, 192 MiB decoded: a few bytes may claim to be gigapixels
+MAX_SIDE = 2**15 - 2  # of such a picture; OpenCV warps no longer ones
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class FaceImages:
         """The face of an image by its number: uint8 [112, 112, 3] RGB, cut out by its landmarks where there are some.
 
         Raises: EvalError that begins with the name when the file can't be decoded, is no aligned face without landmarks, or larger than
-            MAX_PIXELS with them, or has more than 8 bits per channel.
+            MAX_PIXELS or MAX_SIDE with them, or has more than 8 bits per channel.
         """
         data, name = self.read(image), self.names[image]
         if self.landmarks is None:
@@ -87,5 +88,5 @@ def _check_aligned(width: int, height: int) -> None:
 
 
 def _check_pixels(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise EvalError(f"expected at most {MAX_PIXELS} pixels, found {width} x {height}")
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+        raise EvalError(f"expected at most {MAX_PIXELS} pixels, {MAX_SIDE} in a row or column, found {width} x {height}")

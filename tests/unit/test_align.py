@@ -10,7 +10,7 @@ from PIL import Image
 from data_pipeline.synthetic import draw_face
 from eval.align import TEMPLATE, align, aligns, similarities
 from eval.errors import EvalError
-from eval.images import MAX_PIXELS, FaceImages
+from eval.images import MAX_PIXELS, MAX_SIDE, FaceImages
 
 
 def similarity(scale: float, angle: float, shift: tuple[float, float]) -> np.ndarray:
@@ -134,8 +134,16 @@ def test_a_picture_that_claims_to_be_gigapixels_is_refused_before_it_is_decoded(
     data[16:24] = (9000).to_bytes(4, "big") * 2
     data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
     images = FaceImages(["a.png"], lambda image: bytes(data), TEMPLATE[None])
-    with pytest.raises(EvalError, match=rf"^a\.png: expected at most {MAX_PIXELS} pixels, found 9000 x 9000$"):
+    with pytest.raises(EvalError, match=rf"^a\.png: expected at most {MAX_PIXELS} pixels, .* found 9000 x 9000$"):
         images.decode(0)
+
+
+@pytest.mark.parametrize("shape", [(2, MAX_SIDE, 3), (MAX_SIDE, 2, 3)])
+def test_a_picture_of_the_longest_side_is_warped_and_one_that_opencv_refuses_is_named(shape):
+    assert FaceImages(["a.png"], lambda image: png(np.zeros(shape, np.uint8)), TEMPLATE[None]).decode(0).shape == (112, 112, 3)
+    longer = [size + (size == MAX_SIDE) for size in shape]
+    with pytest.raises(EvalError, match=rf"^a\.png: expected at most .*, found {longer[1]} x {longer[0]}$"):
+        FaceImages(["a.png"], lambda image: png(np.zeros(longer, np.uint8)), TEMPLATE[None]).decode(0)
 
 
 @pytest.mark.parametrize("data", [b"", b"no picture", png(np.zeros((64, 64), np.uint16))])

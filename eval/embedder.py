@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from eval.errors import EvalError
-from eval.weights import KINDS, Backbone, load_backbone
+from eval.weights import KINDS, SUFFIXES, Backbone, load_backbone
 from model.vit import IMAGE_SIZE
 
 INPUT_RANGES = ("0..255", "-1..1")
@@ -104,6 +104,8 @@ def load_embedder(model: str | Path, input_range: str = "auto", batch_size: int 
         raise EvalError(f"{path}: no such model; give {KINDS} or an .onnx file")
     if path.is_file() and path.suffix == ".onnx":
         return _onnx_embedder(path, input_range, batch_size)
+    if path.is_file() and path.suffix not in SUFFIXES:
+        raise EvalError(f"{path}: unknown kind of model; give {KINDS} or an .onnx file")
     backbone = load_backbone(path)
     if input_range == "0..255":
         raise EvalError(f"{path}: backbone weights take pixels in -1..1, so --input-range 0..255 can't be right; leave it at auto")

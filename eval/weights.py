@@ -16,6 +16,7 @@ from model.vit import COUNTERS, Vit, build_vit, preset_of
 from train.checkpoint_folder import BACKBONE, BACKBONE_EMA, POINTER
 
 KINDS = "a run directory (its newest checkpoint), a release, a .safetensors, a .pt or .pth"  # what load_backbone opens, for messages
+SUFFIXES = (".safetensors", ".pt", ".pth")  # of its files
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -86,7 +87,7 @@ def _load(path: Path) -> Backbone:
     elif path.suffix in (".pt", ".pth"):
         state, note = read_torch_file(path)
     else:
-        raise EvalError(f"{path}: unknown kind of model; give {KINDS} or an .onnx file")
+        raise EvalError(f"{path}: unknown kind of model; give {KINDS}")
     try:
         preset = preset_of(state)
     except ValueError as error:

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from eval.embedder import Embedder, load_embedder, module_embedder
 from eval.errors import EvalError
+from eval.weights import load_backbone
 from model.vit import Vit, build_vit
 
 
@@ -237,6 +238,12 @@ def test_models_that_cannot_be_opened_are_named(tmp_path):
         (tmp_path / name).write_bytes(b"not a model at all")
         with pytest.raises(EvalError, match=f"{name}: {message}"):
             load_embedder(tmp_path / name)
+
+
+def test_where_weights_alone_are_taken_no_message_recommends_a_graph(tmp_path):
+    (tmp_path / "m.onnx").write_bytes(b"a graph")
+    with pytest.raises(EvalError, match=r"m.onnx: unknown kind of model; give a run directory .*, a .pt or .pth$"):
+        load_backbone(tmp_path / "m.onnx")
 
 
 def test_weights_that_fit_no_preset_or_another_than_they_say_are_refused(tmp_path, net):

@@ -174,7 +174,7 @@ def _find(images_dir: Path, image: str, where: str) -> Path:
 def read_lines(path: Path) -> list[tuple[int, str]]:
     """(number, text) of the lines of a text file that are not blank, one at least. Raises: EvalError that names the file."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows begin a file with a mark of its encoding
     except FileNotFoundError as error:
         raise EvalError(f"{path}: no such pairs file") from error
     except (OSError, UnicodeDecodeError) as error:

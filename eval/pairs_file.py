@@ -51,12 +51,7 @@ def find_pairs(images_dir: str | Path, pairs_file: str | Path) -> PairSet:
     if len(first) in (2, 3) and not _is_header(first):
         return listed_pairs(images_dir, pairs_file, read_list(pairs_file, lines))
     found = read_pairs(pairs_file)
-    pairs = [
-        ListedPair(
-            *(f"{name}/{name}_{number:04d}" for name, number in (pair.first, pair.second)), pair.same, f"{pairs_file}, line {pair.line}"
-        )
-        for pair in found.pairs
-    ]
+    pairs = [ListedPair(_path(pair.first), _path(pair.second), pair.same, f"{pairs_file}, line {pair.line}") for pair in found.pairs]
     fold = np.arange(len(pairs)) // (len(pairs) // found.num_folds)
     return pair_set(images_dir, pairs_file, pairs_file.name, pairs, fold, first_part)
 

@@ -189,6 +189,12 @@ def test_fields_may_be_separated_by_spaces(tmp_path):
     assert read_pairs(write(tmp_path, "1 1\nAda 1 2\nAda  1 Bob 3\n")).pairs[1].second == ("Bob", 3)
 
 
+def test_a_list_that_an_editor_on_windows_saved_is_read_alike(tmp_path):
+    expected = read_pairs(write(tmp_path, GOOD))
+    (tmp_path / "pairs.txt").write_bytes(GOOD.replace("\n", "\r\n").encode("utf-8-sig"))
+    assert read_pairs(tmp_path / "pairs.txt") == expected
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -21,8 +21,8 @@ class EmbeddingCache:
     """A folder of ``KEY.npy`` (float32 [n, views, D], which numpy reads without unpickling) and ``KEY.json``, which says of what they are.
 
     The key is a hash of all that decides the numbers, up to the rounding of another device or batch size: the model's file and input
-    range, every image's bytes and landmarks, and whether mirrors are embedded. An entry is there when its JSON is: a kill leaves at most
-    a ``.new`` file, which is safe to delete.
+    range, every image's bytes and landmarks, what decodes them (DALI on a GPU rounds otherwise than Pillow), and whether mirrors are
+    embedded. An entry is there when its JSON is: a kill leaves at most a ``.new`` file, which is safe to delete.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -35,10 +35,11 @@ class EmbeddingCache:
             return None
         try:
             found = json.loads(description.read_text(encoding="utf-8"))
-            rows = np.load(array, mmap_mode="r", allow_pickle=False)
+            rows = np.lib.format.open_memmap(array, mode="r")
         except (OSError, ValueError, EOFError) as error:
             raise EvalError(f"{array}: a damaged entry of the cache ({error}); delete it and {description.name}") from error
-        if {key: found.get(key) for key in about} != about or list(rows.shape) != found.get("shape") or rows.dtype != np.float32:
+        fits = isinstance(found, dict) and {key: found.get(key) for key in about} == about
+        if not fits or list(rows.shape) != found.get("shape") or rows.dtype != np.float32:
             raise EvalError(f"{array}: is not what {description.name} says; delete both")
         return rows
 
@@ -51,7 +52,14 @@ class EmbeddingCache:
 
         def allocate(shape: tuple[int, ...]) -> np.ndarray:
             shapes.append(list(shape))
-            return np.lib.format.open_memmap(fresh, mode="w+", dtype=np.float32, shape=shape)
+            rows = np.lib.format.open_memmap(fresh, mode="w+", dtype=np.float32, shape=shape)
+            try:
+                with fresh.open("rb+") as file:  # a disk that is full kills who writes to a mapped file with holes
+                    os.posix_fallocate(file.fileno(), 0, fresh.stat().st_size)
+            except OSError as error:
+                error.filename = os.fspath(fresh)
+                raise
+            return rows
 
         try:
             fill(allocate)
@@ -75,7 +83,7 @@ def image_digest(images: FaceImages, image: int) -> bytes:
     return content.digest()
 
 
-def description(model_digest: str | None, image_digests: list[bytes], mirror: bool) -> dict:
+def description(model_digest: str | None, image_digests: list[bytes], mirror: bool, decoder: str) -> dict:
     """Of what embeddings are: the key of the cache. Raises EvalError for a model without a file."""
     if model_digest is None:
         raise EvalError("embeddings of a network that still learns are not cached")
@@ -85,4 +93,5 @@ def description(model_digest: str | None, image_digests: list[bytes], mirror: bo
         "images": hashlib.sha256(b"".join(image_digests)).hexdigest(),
         "num_images": len(image_digests),
         "mirror": mirror,
+        "decoder": decoder,
     }

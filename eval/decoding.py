@@ -31,12 +31,17 @@ def decode_ahead(images: FaceImages, batches: Iterable[Batch], decoder: str, dev
     """
     if decoder == "dali" and images.landmarks is not None:
         raise EvalError("DALI decodes aligned faces only, and these are cut out by landmarks; leave --decoder at pillow")
-    threads = min(16, torch.get_num_threads(), os.cpu_count() or 1)  # a launcher gives each rank its part of the cores
+    threads = num_threads()
     return _by_pillow(images, batches, threads) if decoder == "pillow" else _by_dali(images, batches, device, threads)
 
 
+def num_threads() -> int:
+    """For ``in_threads``: a launcher gives each rank its part of the cores."""
+    return min(16, torch.get_num_threads(), os.cpu_count() or 1)
+
+
 def _by_pillow(images: FaceImages, batches: Iterable[Batch], threads: int) -> Decoded:
-    for batch in _in_threads(images.decode, batches, threads):
+    for batch in in_threads(images.decode, batches, threads):
         yield batch if isinstance(batch, EvalError) else torch.from_numpy(np.stack(batch))
 
 
@@ -53,7 +58,7 @@ def _by_dali(images: FaceImages, batches: Iterable[Batch], device: torch.device,
     batches = [list(batch) for batch in batches]
     size = max((len(batch) for batch in batches), default=0)
     pipeline = None
-    for batch, files in zip(batches, _in_threads(read, batches, threads), strict=True):
+    for batch, files in zip(batches, in_threads(read, batches, threads), strict=True):
         if isinstance(files, EvalError):
             yield files
             continue
@@ -83,8 +88,8 @@ def _culprit(images: FaceImages, batch: Batch) -> EvalError | None:
     return None
 
 
-def _in_threads(work: Callable[[int], Any], batches: Iterable[Batch], threads: int) -> Iterator[list[Any] | EvalError]:
-    """What ``work`` makes of each batch's images, or what it raised first."""
+def in_threads(work: Callable[[int], Any], batches: Iterable[Batch], threads: int) -> Iterator[list[Any] | EvalError]:
+    """What ``work`` makes of each batch's images, or what it raised first; AHEAD batches in advance."""
     with ThreadPoolExecutor(threads) as pool:
         pending: deque[list[Future]] = deque()
         try:

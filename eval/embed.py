@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -12,13 +11,14 @@ import torch
 import torch.distributed as dist
 
 from eval.cache import EmbeddingCache, description, image_digest
-from eval.decoding import decode_ahead
+from eval.decoding import decode_ahead, in_threads, num_threads
 from eval.embedder import Embedder
 from eval.errors import EvalError
 from eval.images import FaceImages
 from model.vit import IMAGE_SIZE
 
 BATCHES_BETWEEN_GATHERS = 8  # of each rank
+HASHED = 1024  # images in a batch that is hashed alone
 Progress = Callable[[int, int], None]
 
 
@@ -56,7 +56,7 @@ def embed(
 
     if cache is None:
         return fill(lambda shape: np.empty(shape, np.float32))
-    about = description(embedder.digest, _digests(images, ranks), mirror)
+    about = description(embedder.digest, _digests(images, ranks), mirror, decoder)
     found = ranks.from_first(lambda: cache.read(about) is not None)
     if not found and ranks.rank == 0:
         cache.write(about, fill)
@@ -145,11 +145,14 @@ def _chunks(total: int, batch_size: int, world_size: int) -> Iterator[_Chunk]:
 def _digests(images: FaceImages, ranks: _Ranks) -> list[bytes]:
     """Of every image, in order, on every rank; each rank hashes its share."""
     mine, problem = [], None
-    try:
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            mine = list(pool.map(lambda image: image_digest(images, image), range(ranks.rank, len(images), ranks.world_size)))
-    except EvalError as error:
-        problem = str(error)
+    share = range(ranks.rank, len(images), ranks.world_size)
+    batches = (share[start : start + HASHED] for start in range(0, len(share), HASHED))
+    with closing(in_threads(lambda image: image_digest(images, image), batches, num_threads())) as hashed:
+        for batch in hashed:
+            if isinstance(batch, EvalError):
+                problem = str(batch)
+                break
+            mine += batch
     ranks.raise_any(problem)
     shares = ranks.gather(mine)
     return [shares[image % ranks.world_size][image // ranks.world_size] for image in range(len(images))]

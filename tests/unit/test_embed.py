@@ -1,6 +1,7 @@
 """Images to embeddings: the same numbers however they are decoded, batched and kept, and one line about what is wrong."""
 
 import io
+import time
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ from safetensors.torch import save_file
 
 from data_pipeline.synthetic import draw_face
 from eval.cache import EmbeddingCache
-from eval.decoding import DECODERS
-from eval.embed import embed
+from eval.decoding import AHEAD, DECODERS
+from eval.embed import HASHED, embed
 from eval.embedder import Embedder, load_embedder, module_embedder
 from eval.errors import EvalError
 from eval.images import FaceImages
@@ -150,6 +151,44 @@ def test_an_entry_of_the_cache_that_is_damaged_is_named(files, model, tmp_path):
     np.save(array, np.zeros((COUNT, 1, 16), np.float32))
     with pytest.raises(EvalError, match=rf"{array.name}: is not what {array.stem}.json says; delete both"):
         embed(load_embedder(model), of(files), mirror=True, cache=cache)
+    (tmp_path / "cache" / f"{array.stem}.json").write_text("[]")
+    with pytest.raises(EvalError, match=rf"{array.name}: is not what {array.stem}.json says; delete both"):
+        embed(load_embedder(model), of(files), mirror=True, cache=cache)
+
+
+def test_what_another_decoder_made_is_another_entry(files, model, tmp_path):
+    """On a GPU DALI rounds otherwise."""
+    cache = EmbeddingCache(tmp_path / "cache")
+    embed(load_embedder(model), of(files), mirror=True, cache=cache)
+    with pytest.raises(AssertionError, match="the model was run"):
+        embed(forbidden(model), of(files), mirror=True, cache=cache, decoder="dali")
+
+
+def test_the_room_for_an_entry_is_taken_before_it_is_filled(tmp_path):
+    """A mapped file with holes kills the process, by SIGBUS, when the disk is full."""
+
+    def fill(allocate):
+        allocate((1000, 2, 512))
+        (file,) = tmp_path.iterdir()
+        assert 512 * file.stat().st_blocks >= 4 * 1000 * 2 * 512
+
+    EmbeddingCache(tmp_path).write({"of": "nothing"}, fill)
+
+
+def test_images_are_hashed_a_few_batches_ahead(model, tmp_path):
+    """All at once, millions of images would take gigabytes of futures."""
+    read: list[int] = []
+
+    def slow(image: int) -> bytes:
+        if image == 0:
+            time.sleep(1)
+            raise EvalError("the first is bad")
+        read.append(image)
+        return b""
+
+    with pytest.raises(EvalError, match="the first is bad"):
+        embed(forbidden(model), FaceImages(range(100_000), slow), mirror=True, cache=EmbeddingCache(tmp_path))
+    assert max(read, default=0) < (1 + AHEAD) * HASHED
 
 
 def test_a_network_that_still_learns_is_not_cached(files, tmp_path):

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from data_pipeline.output import replace_file
-from eval.commands.shared import Progress, about_model, add_embedding, add_model, check_output, embed_options, open_model
+from eval.commands.shared import Progress, about_model, add_embedding, add_model, check_outputs, embed_options, open_model
 from eval.embed import embed
 from eval.ijb import IjbReport, evaluate_templates
 from eval.ijb_identification import FPIR_TARGETS, RANKS
@@ -32,13 +32,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--data", type=Path, required=True, metavar="ROOT", help="holds meta/ijbc_*.txt and .csv, and loose_crop/*.jpg")
     command.add_argument("--target", choices=tuple(GALLERIES), default="IJBC", help="which of the two ROOT is (default IJBC)")
     command.add_argument("--protocol", choices=("1:1", "1:N", "both"), default="both", help="default both")
-    add_embedding(command)
+    add_embedding(command, aligned=False)
     command.add_argument("--json", type=Path, help="also write every number, and the curves of 1:1, to this file")
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.json:
-        check_output(args.json, "--json")
+    check_outputs(args)
     templates = args.ranks.together(lambda: read_templates(args.data, args.target))
     pairs, protocol = args.ranks.together(lambda: _read_protocols(args, templates))
     embedder = open_model(args)

@@ -9,7 +9,7 @@ import torch
 
 from data_pipeline.output import replace_file
 from eval import mfr, mfr_folder, mfr_package
-from eval.commands.shared import Progress, about_model, add_embedding, add_model, check_output, embed_options, open_model
+from eval.commands.shared import Progress, about_model, add_embedding, add_model, check_outputs, embed_options, open_model
 from eval.errors import EvalError
 from eval.mfr_state import ScoringState
 
@@ -54,20 +54,17 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.action == "run":
         _run(args)
-    elif args.ranks.is_first:
-        _check_package(args.package)
+    else:
+        args.ranks.together(lambda: _check_package(args.package) if args.ranks.is_first else None)
 
 
 def _run(args: argparse.Namespace) -> None:
-    if args.json:
-        check_output(args.json, "--json")
+    check_outputs(args)
     device = torch.device(args.device or args.ranks.device.type)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise EvalError("--device cuda: there is no GPU that torch can use here; leave it out, or give cpu")
     folder = args.ranks.together(lambda: mfr_folder.read_folder(args.data))
     parts = args.ranks.together(lambda: mfr.parts_of(folder))
-    if args.state and not args.estimate and args.ranks.is_first:
-        _make_folder(args.state)
     embedder = open_model(args)
     if args.estimate:
         found = mfr.estimate(embedder, parts, ranks=args.ranks.world_size, device=device, decoder=args.decoder)
@@ -77,6 +74,8 @@ def _run(args: argparse.Namespace) -> None:
     embedded = [mfr.embed_part(embedder, part, **embed_options(args)) for part in parts]
     if not args.ranks.is_first:
         return  # the first rank scores alone
+    if args.state:
+        args.state.mkdir(exist_ok=True)
     results, states = {}, []
     for part, embeddings in zip(parts, embedded, strict=True):
         state = ScoringState(args.state / f"{part.name}.safetensors") if args.state else None
@@ -102,12 +101,6 @@ def _run(args: argparse.Namespace) -> None:
         replace_file(args.json, json.dumps(record, indent=2) + "\n")
     for state in filter(None, states):
         state.discard()
-
-
-def _make_folder(path: Path) -> None:
-    if not path.parent.is_dir() or path.is_file():
-        raise EvalError(f"{path}: expected a folder, or a name in one, for --state")
-    path.mkdir(exist_ok=True)
 
 
 def _print(name: str, result: mfr.SetResult) -> None:

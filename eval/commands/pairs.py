@@ -12,7 +12,7 @@ from eval.commands.shared import (
     add_embedding,
     add_model,
     add_pairs_folder,
-    check_output,
+    check_outputs,
     embed_options,
     open_model,
     open_pairs,
@@ -40,8 +40,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.json:
-        check_output(args.json, "--json")
+    check_outputs(args)
     pairs = args.ranks.together(lambda: _open(args))
     embedder = open_model(args)
     report = evaluate_pairs(embedder, pairs, **embed_options(args))
@@ -63,20 +62,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _open(args: argparse.Namespace) -> PairSet:
-    """The pairs, after a look at whether their curves can be drawn and written, if they shall be."""
-    if args.plots:
-        _check_folder(args.plots)
+    """The pairs; if their curves shall be drawn, only those that have some."""
     pairs = open_pairs(args.images, args.pairs, args.pack, "--pack FILE")
     if args.plots and len(set(pairs.same.tolist())) < 2:
         raise EvalError(f"{pairs.source}: its pairs are all of one kind, genuine or impostor: there are no curves for --plots")
     return pairs
-
-
-def _check_folder(folder: Path) -> None:
-    if not folder.parent.is_dir():
-        raise EvalError(f"{folder}: no such folder: {folder.parent}")
-    if folder.exists() and not folder.is_dir():
-        raise EvalError(f"{folder}: is a file; --plots names a folder")
 
 
 def _draw(report: PairReport, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,12 @@ def open_model(args: argparse.Namespace) -> Embedder:
     return embedder
 
 
-def add_embedding(command: argparse.ArgumentParser) -> None:
-    """--decoder and --cache, for ``embed_options``."""
-    command.add_argument(
-        "--decoder", choices=DECODERS, default="pillow", help="what decodes images: Pillow in threads (default), or DALI, on the GPU if any"
-    )
+def add_embedding(command: argparse.ArgumentParser, *, aligned: bool = True) -> None:
+    """--decoder and --cache, for ``embed_options``; faces that are not ``aligned`` leave no choice of a decoder."""
+    command.set_defaults(decoder="pillow")
+    if aligned:
+        what = "what decodes images: Pillow in threads (default), or DALI, on the GPU if any"
+        command.add_argument("--decoder", choices=DECODERS, help=what)
     command.add_argument("--cache", type=Path, metavar="DIR", help="keep embeddings there, and take them from there the next time")
 
 
@@ -81,12 +83,47 @@ def about_model(embedder: Embedder) -> dict[str, Any]:
     }
 
 
+def check_outputs(args: argparse.Namespace) -> None:
+    """Before the work: can all be written that --json, --cache, --plots and --state name? The first rank looks, for it writes.
+
+    Raises: what is wrong, on all ranks. Collectives: one gather.
+    """
+    args.ranks.together(lambda: _check_outputs(args) if args.ranks.is_first else None)
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    if args.json:
+        check_output(args.json, "--json")
+    for name in ("cache", "plots", "state"):
+        folder: Path | None = getattr(args, name, None)
+        if folder:
+            _check_folder(folder, f"--{name}")
+
+
 def check_output(path: Path, option: str) -> None:
     """Before the work: can the file be written?"""
     if not path.parent.is_dir():
         raise EvalError(f"{path}: no such folder: {path.parent}")
     if path.is_dir():
         raise EvalError(f"{path}: is a folder; {option} names a file")
+    _check_writable(path.parent, path)
+
+
+def _check_folder(path: Path, option: str) -> None:
+    """Can files be written to the folder, or the folder be made?"""
+    if not path.parent.is_dir():
+        raise EvalError(f"{path}: no such folder: {path.parent}")
+    if path.exists() and not path.is_dir():
+        raise EvalError(f"{path}: is a file; {option} names a folder")
+    _check_writable(path if path.exists() else path.parent, path)
+
+
+def _check_writable(folder: Path, output: Path) -> None:
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise EvalError(f"{output}: can't be written: {error.strerror}") from error
 
 
 class Progress:

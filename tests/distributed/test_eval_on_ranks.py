@@ -16,6 +16,7 @@ from tests.training import ROOT
 from tests.unit import test_mfr
 from tests.unit.test_eval_cli import arguments  # noqa: F401 - a fixture
 from tests.unit.test_mfr import sets, weights  # noqa: F401 - fixtures
+from train.dist import RankError
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "eval"]
 
@@ -62,6 +63,18 @@ def run_mfr(group: dist.ProcessGroup | None, words: list[str]) -> None:
     args = _parser().parse_args(["mfr", "run", *words])
     args.ranks = Ranks(rank, rank, world_size, world_size, torch.device("cpu"), group)
     args.run(args)
+
+
+def check_refused(group: dist.ProcessGroup, words: list[str]) -> str:
+    with pytest.raises(RankError) as error:
+        run_mfr(group, words)
+    return str(error.value)
+
+
+def test_an_output_that_the_first_rank_cannot_write_is_an_error_on_all(sets, weights, tmp_path):  # noqa: F811
+    words = ["--model", str(weights), "--data", str(sets), "--state", f"{tmp_path}/no/where"]
+    expected = f"rank 0: {tmp_path}/no/where: no such folder: {tmp_path}/no"
+    assert run_ranks(2, check_refused, words, timeout_s=30) == [expected, expected]
 
 
 def test_mfr_on_three_ranks_is_that_of_one(sets, weights, tmp_path):  # noqa: F811

@@ -90,6 +90,25 @@ def test_a_json_path_that_cannot_be_written_is_refused_before_the_work(arguments
     assert captured.out == ""
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--json", "/proc/out.json"], "/proc/out.json: can't be written: "),  # where nobody can make a file, root neither
+        (["--plots", "/proc/plots"], "/proc/plots: can't be written: "),
+        (["--cache", "/proc/cache"], "/proc/cache: can't be written: "),
+        (["--cache", "pairs.txt"], "pairs.txt: is a file; --cache names a folder"),
+        (["--cache", "pairs.txt/x"], "pairs.txt/x: no such folder: pairs.txt"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_opened(arguments, tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    assert main([*arguments, *words]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"error: {message}")
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
 def test_plots_are_written_for_one_model_and_refused_before_the_work_where_they_cannot_be(arguments, tmp_path, capsys):
     assert main([*arguments, "--plots", f"{tmp_path}/plots"]) == 0
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == ["det.png", "histogram.png", "roc.png"]

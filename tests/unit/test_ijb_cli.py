@@ -128,8 +128,6 @@ def test_what_is_wrong_is_one_line_and_exit_code_2_and_nothing_is_written(made, 
         f"error: {root}/meta/ijbb_face_tid_mid.txt: no such file; --data names the folder of IJBB that holds meta and loose_crop\n"
     )
     assert main([*arguments, "--json", f"{tmp_path}/nowhere/out.json"]) == 2
-    assert main([*arguments, "--decoder", "dali", "--json", f"{tmp_path}/out.json"]) == 2
-    assert "leave --decoder at pillow" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

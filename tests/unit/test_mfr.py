@@ -231,7 +231,7 @@ def test_a_gpu_that_is_not_there_and_a_state_that_cannot_be_are_refused(sets, we
     assert main([*command, "--device", "cuda"]) == 2
     assert "--device cuda: there is no GPU" in capsys.readouterr().err
     assert main([*command, "--state", str(tmp_path / "no" / "where")]) == 2
-    assert "no/where: expected a folder, or a name in one, for --state" in capsys.readouterr().err
+    assert "no/where: no such folder: " in capsys.readouterr().err
 
 
 # --- packages

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -49,7 +50,8 @@ def test_what_is_wrong_is_said_once_and_every_rank_fails(arguments, tmp_path):  
     assert done.returncode != 0
     assert done.stderr.count("error: ") == 1
     assert "P3_0002.png: not a readable image" in done.stderr
-    assert done.stderr.count("exitcode  : 2") == 1  # torchrun's summary of the first that failed
+    codes = set(re.findall(r"exitcode  : (-?\d+)", done.stderr))  # in torchrun's summary, which may have been first to stop the others
+    assert "2" in codes <= {"2", "-15"}
     done = on_ranks(["pack", *arguments[3:], f"{tmp_path}/p.pairs.safetensors"])
     assert done.stderr.count("error: pack is work for one process; start it without a launcher") == 1
 

@@ -194,7 +194,7 @@ def _interval_notes(entries: list[Entry]) -> list[str]:
         inferred = ", inferred from the genuine pairs" if intervals.identities_inferred else ""
         notes.append(
             f"Ranges are {intervals.confidence:.0%} intervals from {intervals.replicates:,} bootstrap replicates of the "
-            f"{intervals.identities:,} identities{inferred}. None stands where no pair was judged wrong."
+            f"{intervals.identities:,} identities{inferred}. None stands where no pair was judged wrong, or identities are too few."
         )
     if len(known) < len(entries):
         notes.append(f"Without intervals: {', '.join(entry.label for entry in entries if not entry.result.intervals)}.")

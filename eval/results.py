@@ -21,6 +21,7 @@ MFR_SETS = {  # key in a result -> its name in papers
     "mr_all": "MR-All",
 }
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Far = Annotated[float, Field(gt=0, le=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -42,7 +43,7 @@ class Curves(_Part):
 
     genuine: PositiveInt
     impostor: PositiveInt
-    far: list[Annotated[float, Field(gt=0, le=1)]]
+    far: list[Far]
     tar: list[Share]
     edges: list[Finite]
     genuine_counts: list[Annotated[int, Field(ge=0)]]
@@ -67,7 +68,7 @@ class Accuracy(_Part):
 class FarPoint(_Part):
     """TAR at a FAR, as ``eval.verification.TarAtFar``."""
 
-    far_target: Share
+    far_target: Far
     tar: Share
     genuine: PositiveInt
     impostor: PositiveInt
@@ -100,7 +101,7 @@ class PairsResult(_Result):
     accuracy: Accuracy
     accuracy_exact: Accuracy
     tar_at_far: list[FarPoint]
-    unresolved_far: list[Share]
+    unresolved_far: list[Far]
     intervals: Intervals | None = None  # results of before have none, nor curves
     curves: Curves | None = None
 
@@ -108,11 +109,13 @@ class PairsResult(_Result):
     def _fits_together(self) -> Self:
         if self.intervals and len(self.intervals.tar_at_far) != len(self.tar_at_far):
             raise ValueError("intervals.tar_at_far must have one entry for each of tar_at_far")
+        if len({point.far_target for point in self.tar_at_far}) < len(self.tar_at_far):
+            raise ValueError("tar_at_far must name each far_target once")
         return self
 
 
 class IjbPoint(_Part):
-    far: Share
+    far: Far
     tar: Share
 
 
@@ -137,7 +140,7 @@ class IjbResult(_Result):
     modes: Annotated[dict[str, IjbMode], Field(min_length=1)]  # N1D1F1, ...
     genuine: int | None = None
     impostor: int | None = None
-    unresolved_far: list[Share] = []
+    unresolved_far: list[Far] = []
     curves: Curves | None = None
 
 

@@ -76,6 +76,8 @@ def write(tmp_path):
         (pairs_result(curves={**pairs_result()["curves"], "tar": [1.0]}), "curves: far and tar must be equally long"),
         (pairs_result(curves={**pairs_result()["curves"], "genuine": 51}), "curves: the counts of the histograms must add up"),
         (pairs_result(tar_at_far=[]), "intervals.tar_at_far must have one entry for each of tar_at_far"),
+        (pairs_result(tar_at_far=2 * pairs_result()["tar_at_far"], intervals=None), "tar_at_far must name each far_target once"),
+        (pairs_result(unresolved_far=[0]), "unresolved_far.0: input should be greater than 0, found 0"),
         (ijb_result(modes={}), "modes: dictionary should have at least 1 item"),
         (ijb_result(modes={"N1D1F1": {"strict": [{"far": 1e-4}]}}), "modes.N1D1F1.strict.0.tar: field required"),
         (mfr_result(sets={"masks": None}), r"sets.masks.*: input should be 'mask'"),

@@ -147,6 +147,12 @@ def test_a_cache_of_embeddings_tells_landmarks_apart(tmp_path):
     assert len({image_digest(FaceImages(["a"], lambda image: read(), landmarks), 0) for landmarks in places}) == 3
 
 
+def test_no_decoder_is_offered_for_faces_that_are_not_aligned(made, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([*made[0], "--decoder", "dali"])
+    assert "unrecognized arguments: --decoder dali" in capsys.readouterr().err
+
+
 def test_dali_is_refused_for_images_with_landmarks():
     images = FaceImages(["a"], lambda image: b"", np.zeros((1, 5, 2), np.float32))
     with pytest.raises(

@@ -54,6 +54,8 @@ def load_backbone(path: str | Path, *, ema: bool = False) -> Backbone:
 
 def _latest_backbone(run: Path, name: str) -> Path:
     pointer = run / "checkpoints" / POINTER
+    if (run / name).is_file():
+        raise EvalError(f"{run}: no run directory; for the weights in it give {run / name}")
     if not pointer.is_file():
         raise EvalError(f"{run}: a run with no complete checkpoint ({pointer} is missing); train until one is written, or name another run")
     refuse_outside(pointer, pointer.parent)

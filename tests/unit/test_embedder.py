@@ -246,6 +246,12 @@ def test_where_weights_alone_are_taken_no_message_recommends_a_graph(tmp_path):
         load_backbone(tmp_path / "m.onnx")
 
 
+def test_a_checkpoint_that_is_given_for_its_run_is_told_which_file_to_give(tmp_path):
+    (tmp_path / "backbone.safetensors").write_bytes(b"")
+    with pytest.raises(EvalError, match=rf"{tmp_path}: no run directory; for the weights in it give {tmp_path}/backbone.safetensors$"):
+        load_backbone(tmp_path)
+
+
 def test_weights_that_fit_no_preset_or_another_than_they_say_are_refused(tmp_path, net):
     path = tmp_path / "w.safetensors"
     save_file(net.state_dict(), path, {"preset": "vit_l"})

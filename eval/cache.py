@@ -26,7 +26,9 @@ class EmbeddingCache:
     """
 
     def __init__(self, folder: Path) -> None:
+        """``hit``: whether the last embeddings that were asked for were there; known on the first rank."""
         self._folder = folder
+        self.hit = False
 
     def read(self, about: dict) -> np.ndarray | None:
         """The embeddings, mapped from the disk and read-only; None if there are none. Raises EvalError for a damaged entry."""

@@ -58,6 +58,7 @@ def embed(
         return fill(lambda shape: np.empty(shape, np.float32))
     about = description(embedder.digest, _digests(images, ranks), mirror, decoder)
     found = ranks.from_first(lambda: cache.read(about) is not None)
+    cache.hit = bool(found)
     if not found and ranks.rank == 0:
         cache.write(about, fill)
     elif not found:

@@ -43,10 +43,12 @@ def run(args: argparse.Namespace) -> None:
     check_outputs(args)
     pairs = args.ranks.together(lambda: _open(args))
     embedder = open_model(args)
-    report = evaluate_pairs(embedder, pairs, **embed_options(args))
+    options = embed_options(args)
+    report = evaluate_pairs(embedder, pairs, **options)
     if report is None:
         return
-    _print(report)
+    cached = options["cache"] is not None and options["cache"].hit
+    _print(report, cached)
     if args.json:
         record = {
             "protocol": "pairs",
@@ -54,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
             "source": pairs.origin,
             **({"pack": str(args.pack)} if args.pack else {"images": str(args.images), "pairs": str(args.pairs)}),
             **asdict(report),
-            "images_per_second": report.images_per_second,
+            "images_per_second": None if cached else report.images_per_second,
         }
         replace_file(args.json, json.dumps(record, indent=2) + "\n")
     if args.plots:
@@ -79,7 +81,7 @@ def _draw(report: PairReport, folder: Path) -> None:
         replace_file(folder / f"{plot.name}.png", plot.png())
 
 
-def _print(report: PairReport) -> None:
+def _print(report: PairReport, cached: bool) -> None:
     intervals = report.intervals
     print(f"{report.num_pairs} pairs of {report.num_images} images, embeddings of {report.embedding_size}")
     for name, accuracy, interval in (
@@ -95,7 +97,8 @@ def _print(report: PairReport) -> None:
         print(f"TAR@FAR={far:.0e} not resolved: needs {1 / far:.0f} impostor pairs")
     inferred = ", inferred from the genuine pairs" if intervals.identities_inferred else ""
     print(f"intervals: bootstrap of the {intervals.identities} identities{inferred}, {intervals.replicates} times")
-    print(f"{report.images_per_second:.1f} images/s (each with its mirror), {report.seconds:.1f} s")
+    speed = "embeddings from the cache" if cached else f"{report.images_per_second:.1f} images/s (each with its mirror)"
+    print(f"{speed}, {report.seconds:.1f} s")
 
 
 def _text(interval: Interval | None) -> str:

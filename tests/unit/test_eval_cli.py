@@ -64,6 +64,14 @@ def test_pairs_prints_and_writes_the_numbers(arguments, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.glob("*out.json*")) == ["out.json"]  # no temporary file left
 
 
+def test_embeddings_of_the_cache_have_no_speed(arguments, tmp_path, capsys):
+    words = [*arguments, "--cache", f"{tmp_path}/cache", "--json", f"{tmp_path}/out.json"]
+    for speed in ("images/s", "embeddings from the cache"):
+        assert main(words) == 0
+        assert speed in capsys.readouterr().out.splitlines()[-1]
+    assert json.loads((tmp_path / "out.json").read_text())["images_per_second"] is None
+
+
 @pytest.mark.parametrize("words", [["--input-range", "-1..1"], ["--input-range=-1..1"]])
 def test_an_input_range_that_begins_with_a_minus_may_stand_alone(arguments, words, capsys):
     assert main([*arguments, *words]) == 0

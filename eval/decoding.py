@@ -16,14 +16,14 @@ from eval.errors import EvalError
 from eval.images import FaceImages, check_header
 
 DECODERS = ("pillow", "dali")
-AHEAD = 2  # batches that are decoded while the model works on one
+AHEAD = 2  # batches that are decoded while a GPU works on one; beside a model on the same cores decoding would only hold that up
 
 Batch = Sequence[int]  # numbers of images
 Decoded = Iterator[Tensor | EvalError]  # uint8 [b, 112, 112, 3] a batch, or what is wrong with its first bad image
 
 
 def decode_ahead(images: FaceImages, batches: Iterable[Batch], decoder: str, device: torch.device) -> Decoded:
-    """Decode batch after batch, AHEAD of them in advance.
+    """Decode batch after batch, for a GPU AHEAD of them in advance.
 
     Args:
         decoder: ``pillow`` (aligns too), or ``dali``, for images that are aligned: on a GPU where ``device`` is one.
@@ -32,7 +32,8 @@ def decode_ahead(images: FaceImages, batches: Iterable[Batch], decoder: str, dev
     if decoder == "dali" and images.landmarks is not None:
         raise EvalError("DALI decodes aligned faces only, and these are cut out by landmarks; leave --decoder at pillow")
     threads = num_threads()
-    return _by_pillow(images, batches, threads) if decoder == "pillow" else _by_dali(images, batches, device, threads)
+    ahead = AHEAD if device.type == "cuda" else 0
+    return _by_pillow(images, batches, threads, ahead) if decoder == "pillow" else _by_dali(images, batches, device, threads, ahead)
 
 
 def num_threads() -> int:
@@ -40,12 +41,12 @@ def num_threads() -> int:
     return min(16, torch.get_num_threads(), os.cpu_count() or 1)
 
 
-def _by_pillow(images: FaceImages, batches: Iterable[Batch], threads: int) -> Decoded:
-    for batch in in_threads(images.decode, batches, threads):
+def _by_pillow(images: FaceImages, batches: Iterable[Batch], threads: int, ahead: int) -> Decoded:
+    for batch in in_threads(images.decode, batches, threads, ahead):
         yield batch if isinstance(batch, EvalError) else torch.from_numpy(np.stack(batch))
 
 
-def _by_dali(images: FaceImages, batches: Iterable[Batch], device: torch.device, threads: int) -> Decoded:
+def _by_dali(images: FaceImages, batches: Iterable[Batch], device: torch.device, threads: int, ahead: int) -> Decoded:
     import nvidia.dali as dali
 
     from data_pipeline.graph import Decode, dali_reason, decoded, fed, feed_images, run, tensor
@@ -58,7 +59,7 @@ def _by_dali(images: FaceImages, batches: Iterable[Batch], device: torch.device,
     batches = [list(batch) for batch in batches]
     size = max((len(batch) for batch in batches), default=0)
     pipeline = None
-    for batch, files in zip(batches, in_threads(read, batches, threads), strict=True):
+    for batch, files in zip(batches, in_threads(read, batches, threads, ahead), strict=True):
         if isinstance(files, EvalError):
             yield files
             continue
@@ -88,14 +89,14 @@ def _culprit(images: FaceImages, batch: Batch) -> EvalError | None:
     return None
 
 
-def in_threads(work: Callable[[int], Any], batches: Iterable[Batch], threads: int) -> Iterator[list[Any] | EvalError]:
-    """What ``work`` makes of each batch's images, or what it raised first; AHEAD batches in advance."""
+def in_threads(work: Callable[[int], Any], batches: Iterable[Batch], threads: int, ahead: int = AHEAD) -> Iterator[list[Any] | EvalError]:
+    """What ``work`` makes of each batch's images, or what it raised first; ``ahead`` batches in advance."""
     with ThreadPoolExecutor(threads) as pool:
         pending: deque[list[Future]] = deque()
         try:
             for batch in batches:
                 pending.append([pool.submit(work, image) for image in batch])
-                if len(pending) > AHEAD:
+                if len(pending) > ahead:
                     yield _results(pending.popleft())
             while pending:
                 yield _results(pending.popleft())

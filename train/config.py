@@ -297,8 +297,8 @@ class RunConfig(Section):
         """The resolved recipe, every default written out; ``load_run_config`` reads it back as an equal object, if it holds no secret."""
         return write_yaml(redact(self.model_dump(mode="json")))
 
-    def mathematics(self) -> dict[str, Any]:
-        """The fields that change what is computed, as JSON values.
+    def mathematics(self, *, defaults: bool = True) -> dict[str, Any]:
+        """The fields that change what is computed, as JSON values; with ``defaults=False`` those that are not at their default.
 
         Left out: where things lie (output, data.path: the loader's fingerprint tells data sets apart; model.init_from: the weights that
         came of it are in every checkpoint, with their digest, and a run goes on without the file), how a run is watched, guarded, saved
@@ -308,6 +308,7 @@ class RunConfig(Section):
         """
         return self.model_dump(
             mode="json",
+            exclude_defaults=not defaults,
             exclude={
                 **dict.fromkeys(("output", "resume", "guard", "metrics", "watchdog", "checkpoint", "eval"), True),
                 "data": {"path", "num_threads", "num_images", "num_classes", "max_bad_records"},

@@ -84,6 +84,29 @@ def test_a_run_goes_on_without_the_file_and_says_where_it_began(shards, weights,
     assert losses(tmp_path / "run") == expected
 
 
+def make_older(manifest):
+    """As before there were model.init_from, head.init_centers, stages.N.freeze_backbone."""
+    about = json.loads(manifest.read_text())
+    del about["run"]["origin"], about["identity"]["recipe"]["head"]["init_centers"]
+    for stage in about["identity"]["recipe"]["stages"]:
+        del stage["freeze_backbone"]
+    manifest.write_text(json.dumps(about))
+
+
+def test_a_checkpoint_from_before_these_keys_goes_on_where_they_are_at_their_defaults(shards, tmp_path):
+    recipe = write_recipe(tmp_path / "recipe.yaml", shards, tmp_path / "run", checkpoint={"every_steps": 3, "keep_last": 9})
+    assert run_ranks(1, train_on_rank, recipe, "zero1_fp32.json") == [8]
+    expected, checkpoints = losses(tmp_path / "run"), tmp_path / "run/checkpoints"
+    for step in (4, 6, 8):
+        shutil.rmtree(checkpoints / f"step_{step:08d}")
+    make_older(checkpoints / "step_00000003/manifest.json")
+    (message,) = run_ranks(1, refused, recipe, "head.init_centers=class_means")
+    assert "recipe.head.init_centers: this run has class_means, the checkpoint None" in message
+    (said,) = run_ranks(1, go_on, recipe, "resume=required")
+    assert "step_00000003: step 3" in said
+    assert losses(tmp_path / "run") == expected
+
+
 def refused(group, recipe, *overrides):
     with pytest.raises(RankError) as error:
         train_on_rank(group, recipe, "zero1_fp32.json", overrides)

@@ -254,7 +254,10 @@ class WatchdogConfig(Section):
 
 
 class EvalConfig(Section):
-    """Pair verification by all ranks, at the end of training and, if asked for, in between. Every node needs the sets."""
+    """Pair verification by all ranks, at the end of training and, if asked for, in between. Every node needs the sets.
+
+    A request to stop ends an evaluation between steps without a result, so that there is time to save.
+    """
 
     images: Path | None = None  # folder of aligned 112 x 112 images
     pairs: Path | None = None  # pairs of them: LFW's pairs.txt, or another list that eval.pair_lists knows

@@ -219,15 +219,39 @@ def test_a_frozen_stage_that_could_move_nothing_at_all_is_refused():
     assert recipe(centers="replace", update_expectation=True).stages[1].freeze_backbone
 
 
-def modes_around_an_evaluation(group):
-    """Whether the module trains, as each stage begins and after an evaluation in it; one rank."""
-    from eval.embedder import module_embedder
+def build():
+    """A backbone and its DeepSpeedEngine; one rank."""
     from train.engine import build_engine, build_optimizer
 
     cfg = recipe()
     ds_config, _ = load_ds_config(ROOT / "ds_configs/zero1_fp32.json", cfg, 1, "cpu")
     net = build_vit("vit_xxt", embedding_size=D)
-    engine = build_engine(net, build_optimizer(net, cfg.optimizer), ds_config)
+    return net, build_engine(net, build_optimizer(net, cfg.optimizer), ds_config)
+
+
+def counts_after_going_back(group):
+    """Of an optimizer that counts in its parameter groups, as apex's and DeepSpeed's do on a GPU: after 7 steps, and back at none."""
+    from train.engine_state import engine_state, load_engine_state
+
+    _, engine = build()
+    state = engine_state(engine)
+    pieces = {name: {kind: value.clone() for kind, value in piece.items() if kind != "start"} for name, piece in state["pieces"].items()}
+    groups = engine.optimizer.optimizer.param_groups
+    for group in groups:
+        group["step"] = 7
+    load_engine_state(engine, state, lambda kind, name, start, stop: pieces[name][kind])
+    return [group.get("step") for group in groups]
+
+
+def test_a_run_that_goes_back_into_a_frozen_first_stage_counts_the_backbone_s_steps_from_none():
+    assert run_ranks(1, counts_after_going_back) == [[None, None]]
+
+
+def modes_around_an_evaluation(group):
+    """Whether the module trains, as each stage begins and after an evaluation in it; one rank."""
+    from eval.embedder import module_embedder
+
+    net, engine = build()
     modes = []
     for stage in (lambda: FrozenBackbone(engine, Collectives(group)), lambda: TrainedBackbone(engine, None)):
         stage()

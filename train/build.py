@@ -24,7 +24,7 @@ from train.ema import BackboneEma
 from train.engine import build_engine, build_optimizer, require_compiler
 from train.evaluation import PairVerification
 from train.guard import Guard
-from train.initial import Origin, read_initial_weights, share_initial_weights
+from train.initial import Origin, read_initial_weights, require_no_weights, share_initial_weights
 from train.initial_centers import set_class_means
 from train.live import LogLines, open_progress
 from train.lock import OutputLock
@@ -180,7 +180,8 @@ def _read_checkpoint(cfg: RunConfig, checkpoints: Checkpoints, newest: Path | No
 def _read_initial(cfg: RunConfig, saved: Saved | None, ranks: Ranks) -> tuple[Vit | None, Origin | None]:
     """The weights that a new run begins with, on rank 0, and on every rank what they are, or were; None and None: random ones.
 
-    Raises RankError. Collectives: a gather and a broadcast, where a new run begins with weights.
+    Raises RankError; also where class centers would be fitted to a random backbone. Collectives: a gather and a broadcast, where a new run
+    begins with weights.
     """
     given = cfg.model.init_from
     if saved:
@@ -190,6 +191,7 @@ def _read_initial(cfg: RunConfig, saved: Saved | None, ranks: Ranks) -> tuple[Vi
             ranks.say(f"the run began with {origin or 'random weights'}; it goes on from its checkpoint, and model.init_from is not read")
         return None, origin
     if given is None:
+        ranks.together(lambda: require_no_weights(cfg))
         return None, None
     net, origin = ranks.together(lambda: read_initial_weights(cfg.model) if ranks.is_first else None) or (None, None)
     return net, ranks.broadcast(origin)

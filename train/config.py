@@ -51,7 +51,8 @@ class HeadConfig(Section):
     # Negatives above this cosine are left out, because they may be the true class of a wrong label; null: none are.
     interclass_filter: Annotated[float, Field(gt=0, lt=1)] | None = None
     # What the class centers begin with where a run begins: random directions, or the mean of the embeddings that the initial backbone gives
-    # the images of the class, for which all images are read once before the first step. See train.initial_centers.
+    # the images of the class, for which all images are read once before the first step; it needs model.init_from. See
+    # train.initial_centers.
     init_centers: Literal["random", "class_means"] = "random"
     optimizer: Literal["row_sparse", "dense"] = "row_sparse"  # AdamW on the scored rows, or on all rows
     # Operands of the head's matrix products; sums are float32. auto: bfloat16 on a GPU unless DeepSpeed's precision is fp32, else float32.
@@ -176,7 +177,8 @@ class StageConfig(Section):
     # pco_shared, epl), or the expectations alone (replace).
     centers: Literal["learned", "pco", "pco_shared", "epl", "replace", "vpl"] = "learned"
     update_expectation: bool = False  # move the expectations with every applied step
-    # The class centers alone learn: nothing of the backbone changes, not even BatchNorm's running statistics. See train.backbone.
+    # The class centers alone learn: nothing of the backbone changes, not even BatchNorm's running statistics (see train.backbone). A first
+    # stage of this kind needs model.init_from; without a schedule of its own it uses up the run's warm-up.
     freeze_backbone: bool = False
     batch: BatchConfig | None = None  # null: the run's
     schedule: SegmentConfig | None = None  # a curve over this stage alone; null: the run's, which all such stages share

@@ -11,9 +11,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import yaml
+from safetensors.torch import save_file
 
 from data_pipeline.pack import pack
 from data_pipeline.synthetic import write_synthetic
+from model.vit import build_vit
 
 ROOT = Path(__file__).resolve().parents[1]
 IDENTITIES, IMAGES = 48, 2
@@ -61,6 +63,16 @@ def write_recipe(path: Path, data: Path, output: Path, **changes) -> Path:
     }
     path.write_text(yaml.safe_dump(recipe))
     return path
+
+
+def given_weights(folder: Path) -> tuple[str, Path]:
+    """An override that gives the backbone of :func:`write_recipe` weights to begin with, and their file. No seed of a recipe makes them."""
+    torch.manual_seed(77)
+    net = build_vit("vit_xxt", embedding_size=32)
+    net.feature[1].running_mean.uniform_(-1, 1)
+    net.feature[3].running_var.uniform_(0.5, 2)
+    save_file(net.state_dict(), folder / "given.safetensors")
+    return f"model.init_from={folder / 'given.safetensors'}", folder / "given.safetensors"
 
 
 def recipe_for(world_size: int, *arguments, **changes) -> Path:

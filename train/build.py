@@ -24,7 +24,7 @@ from train.ema import BackboneEma
 from train.engine import build_engine, build_optimizer, require_compiler
 from train.evaluation import PairVerification
 from train.guard import Guard
-from train.initial import Origin, read_initial_weights, share_initial_weights
+from train.initial import Origin, read_initial_weights, require_no_weights, share_initial_weights
 from train.initial_centers import set_class_means
 from train.live import LogLines, open_progress
 from train.lock import OutputLock
@@ -133,12 +133,13 @@ def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks:
 def _open_checkpoints(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks: Ranks) -> Checkpoints:
     """Collectives: those of Checkpoints."""
     batches = [cfg.stage_batch(index) for index in range(len(cfg.stages))]
-    recipe = cfg.mathematics()
-    del recipe["batch"]
-    for stage, batch in zip(recipe["stages"], batches, strict=True):
-        stage["batch"] = {"images": batch.images_per_step(ranks.world_size)}  # how ranks share them is their layout
+    recipe, chosen = cfg.mathematics(), cfg.mathematics(defaults=False)
+    for tree in (recipe, chosen):
+        tree.pop("batch", None)
+        for stage, batch in zip(tree["stages"], batches, strict=True):
+            stage["batch"] = {"images": batch.images_per_step(ranks.world_size)}  # how ranks share them is their layout
     numerics = {key: ds_config[key] for key in _NUMERIC_SECTIONS if key in ds_config}
-    identity = Identity(summary.precision, recipe, numerics)
+    identity = Identity(summary.precision, recipe, numerics, chosen)
     layout = Layout(ranks.world_size, summary.zero_stage, [batch.micro_batch_size for batch in batches])
     keep = cfg.checkpoint
     retention = Retention(keep.keep_last, keep.keep_every_steps, keep.keep_best)
@@ -179,15 +180,18 @@ def _read_checkpoint(cfg: RunConfig, checkpoints: Checkpoints, newest: Path | No
 def _read_initial(cfg: RunConfig, saved: Saved | None, ranks: Ranks) -> tuple[Vit | None, Origin | None]:
     """The weights that a new run begins with, on rank 0, and on every rank what they are, or were; None and None: random ones.
 
-    Raises RankError. Collectives: a gather and a broadcast, where a new run begins with weights.
+    Raises RankError; also where class centers would be fitted to a random backbone. Collectives: a gather and a broadcast, where a new run
+    begins with weights.
     """
     given = cfg.model.init_from
     if saved:
-        origin = saved.run_state["origin"] and Origin(**saved.run_state["origin"])
+        origin = saved.run_state.get("origin")  # there is none in checkpoints from before model.init_from
+        origin = origin and Origin(**origin)
         if given or origin:
             ranks.say(f"the run began with {origin or 'random weights'}; it goes on from its checkpoint, and model.init_from is not read")
         return None, origin
     if given is None:
+        ranks.together(lambda: require_no_weights(cfg))
         return None, None
     net, origin = ranks.together(lambda: read_initial_weights(cfg.model) if ranks.is_first else None) or (None, None)
     return net, ranks.broadcast(origin)

@@ -45,16 +45,28 @@ _POLL_S = 0.02
 
 @dataclass(frozen=True)
 class Identity:
-    """What must be the same for a checkpoint to be continued; plain JSON values. The loader checks the data by itself."""
+    """What must be the same for a checkpoint to be continued; plain JSON values. The loader checks the data by itself.
+
+    A key of the recipe that a checkpoint does not know is younger than it, and counts as equal at its default: with that a run computes
+    what runs computed before there was the key.
+    """
 
     precision: str
     recipe: dict[str, Any]  # RunConfig.mathematics(), with every stage's global batch
     deepspeed: dict[str, Any]  # the sections of its JSON that change numbers
+    chosen: dict[str, Any] | None = None  # of the recipe what is not at its default; None: all of it is not
+
+    def saved(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"precision": self.precision, "recipe": self.recipe, "deepspeed": self.deepspeed}
 
     def differences(self, saved: dict[str, Any], begun: int | None = None) -> list[str]:
         """``key: this run has X, the checkpoint Y`` for every difference, nested keys dotted; of the stages only the first ``begun``."""
-        mine, theirs = (_flatten(_cut(identity, begun)) for identity in (json.loads(json.dumps(vars(self))), saved))
-        keys = sorted(mine.keys() | theirs.keys())
+        own = json.loads(json.dumps(self.saved()))
+        chosen = own if self.chosen is None else {**own, "recipe": self.chosen}
+        mine, theirs, chosen = (_flatten(_cut(identity, begun)) for identity in (own, saved, chosen))
+        younger = {key for key in mine.keys() - theirs.keys() - chosen.keys() if theirs.keys().isdisjoint(_above(key))}
+        keys = sorted((mine.keys() | theirs.keys()) - younger)
         return [
             f"{key}: this run has {mine.get(key)}, the checkpoint {theirs.get(key)}" for key in keys if mine.get(key) != theirs.get(key)
         ]
@@ -140,7 +152,7 @@ class Checkpoints:
         self._ranks.together(lambda: self.folder.new_partial(step, self._token) if self._ranks.is_first else None)
         manifest = {
             "step": step,
-            "identity": vars(self._identity),
+            "identity": self._identity.saved(),
             "recipe_sha256": _digest(self._identity.recipe),
             "layout": vars(self._layout),
             "data": {name: value for name, value in rank_state.get("loader", {}).items() if name in ("images", "fingerprint")},
@@ -328,6 +340,12 @@ def _stages_begun(manifest: dict[str, Any]) -> int:
 def _cut(identity: dict[str, Any], begun: int | None) -> dict[str, Any]:
     recipe = identity["recipe"]
     return {**identity, "recipe": {**recipe, "stages": {str(i): stage for i, stage in enumerate(recipe["stages"][:begun])}}}
+
+
+def _above(key: str) -> list[str]:
+    """``a`` and ``a.b`` of ``a.b.c``: the sections that it stands in."""
+    parts = key.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

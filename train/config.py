@@ -51,7 +51,8 @@ class HeadConfig(Section):
     # Negatives above this cosine are left out, because they may be the true class of a wrong label; null: none are.
     interclass_filter: Annotated[float, Field(gt=0, lt=1)] | None = None
     # What the class centers begin with where a run begins: random directions, or the mean of the embeddings that the initial backbone gives
-    # the images of the class, for which all images are read once before the first step. See train.initial_centers.
+    # the images of the class, for which all images are read once before the first step; it needs model.init_from. See
+    # train.initial_centers.
     init_centers: Literal["random", "class_means"] = "random"
     optimizer: Literal["row_sparse", "dense"] = "row_sparse"  # AdamW on the scored rows, or on all rows
     # Operands of the head's matrix products; sums are float32. auto: bfloat16 on a GPU unless DeepSpeed's precision is fp32, else float32.
@@ -176,7 +177,8 @@ class StageConfig(Section):
     # pco_shared, epl), or the expectations alone (replace).
     centers: Literal["learned", "pco", "pco_shared", "epl", "replace", "vpl"] = "learned"
     update_expectation: bool = False  # move the expectations with every applied step
-    # The class centers alone learn: nothing of the backbone changes, not even BatchNorm's running statistics. See train.backbone.
+    # The class centers alone learn: nothing of the backbone changes, not even BatchNorm's running statistics (see train.backbone). A first
+    # stage of this kind needs model.init_from; without a schedule of its own it uses up the run's warm-up.
     freeze_backbone: bool = False
     batch: BatchConfig | None = None  # null: the run's
     schedule: SegmentConfig | None = None  # a curve over this stage alone; null: the run's, which all such stages share
@@ -254,7 +256,10 @@ class WatchdogConfig(Section):
 
 
 class EvalConfig(Section):
-    """Pair verification by all ranks, at the end of training and, if asked for, in between. Every node needs the sets."""
+    """Pair verification by all ranks, at the end of training and, if asked for, in between. Every node needs the sets.
+
+    A request to stop ends an evaluation between steps without a result, so that there is time to save.
+    """
 
     images: Path | None = None  # folder of aligned 112 x 112 images
     pairs: Path | None = None  # pairs of them: LFW's pairs.txt, or another list that eval.pair_lists knows
@@ -297,8 +302,8 @@ class RunConfig(Section):
         """The resolved recipe, every default written out; ``load_run_config`` reads it back as an equal object, if it holds no secret."""
         return write_yaml(redact(self.model_dump(mode="json")))
 
-    def mathematics(self) -> dict[str, Any]:
-        """The fields that change what is computed, as JSON values.
+    def mathematics(self, *, defaults: bool = True) -> dict[str, Any]:
+        """The fields that change what is computed, as JSON values; with ``defaults=False`` those that are not at their default.
 
         Left out: where things lie (output, data.path: the loader's fingerprint tells data sets apart; model.init_from: the weights that
         came of it are in every checkpoint, with their digest, and a run goes on without the file), how a run is watched, guarded, saved
@@ -308,6 +313,7 @@ class RunConfig(Section):
         """
         return self.model_dump(
             mode="json",
+            exclude_defaults=not defaults,
             exclude={
                 **dict.fromkeys(("output", "resume", "guard", "metrics", "watchdog", "checkpoint", "eval"), True),
                 "data": {"path", "num_threads", "num_images", "num_classes", "max_bad_records"},

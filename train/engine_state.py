@@ -121,6 +121,7 @@ def load_engine_state(engine, state: dict[str, Any], read: Read, means: Sequence
         for kind, flat in flats[fragment.index].items():
             fragment.of(flat).copy_(read(kind, fragment.name, fragment.start, fragment.start + fragment.count))
     for group, step in zip(torch_optimizer.param_groups, state["groups"], strict=True):
+        group.pop("step", None)  # of a run that goes back to before its first step of the backbone
         if step is not None:
             group["step"] = step
     for name, value in state["loss_scaler"].items():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,9 +38,13 @@ class PairVerification:
     """
 
     def __init__(self, config: EvalConfig, ranks: Ranks) -> None:
-        """Open the sets. Raises RankError on every rank if one cannot be opened on any. Collectives: one gather."""
+        """Open the sets.
+
+        Raises RankError on every rank if one cannot be opened on any, or is another one there. Collectives: two gathers.
+        """
         self._ranks = ranks
         self.sets = ranks.together(lambda: open_sets(config))
+        _require_equal(self.sets, ranks)
         self.newest: Reports = {}
         self.step = math.nan
 
@@ -47,16 +54,19 @@ class PairVerification:
         reports = self.newest.values()
         return sum(report.accuracy.mean for report in reports) / len(reports) if reports else math.nan
 
-    def verify_engine(self, step: int, engine, batch_size: int) -> None:
-        """Of the weights that a DeepSpeedEngine trains with, in its precision.
+    def verify_engine(self, step: int, engine, batch_size: int, given_up: Callable[[], bool] = lambda: False) -> bool:
+        """Of the weights that a DeepSpeedEngine trains with, in its precision. Returns whether it came to its end.
 
-        Neither weights nor random numbers nor BatchNorm statistics are changed. Raises RankError on every rank, if an image cannot be
-        embedded. Collectives: a gather of the statistics, those of ``eval.embed.embed``, and a broadcast.
+        Neither weights nor random numbers nor BatchNorm statistics are changed. Once ``given_up`` says so on any rank, all of them end the
+        evaluation some batches later, without a report. Raises RankError on every rank, if an image cannot be embedded.
+
+        Collectives: a gather of the statistics, and of every set those of ``eval.embed.embed`` and two gathers; a broadcast.
         """
         from eval.embedder import module_embedder  # here, because onnxruntime takes a second to import
 
+        embedder = module_embedder(engine, source=f"the backbone at step {step}", batch_size=batch_size)
         with _pooled_statistics(engine.module, self._ranks):
-            self._verify(step, module_embedder(engine, source=f"the backbone at step {step}", batch_size=batch_size))
+            return self._verify(step, embedder, given_up)
 
     def verify_file(self, step: int, weights: Path | None) -> Reports:
         """Of a backbone's weights file, in float32; only rank 0 needs it. Raises RankError. Collectives: as above, and of the weights."""
@@ -71,14 +81,21 @@ class PairVerification:
         self._verify(step, module_embedder(net, source=str(weights)))
         return self.newest
 
-    def _verify(self, step: int, embedder: Embedder) -> None:
+    def _verify(self, step: int, embedder: Embedder, given_up: Callable[[], bool] = lambda: False) -> bool:
         from eval.pairs import evaluate_pairs
 
-        try:
-            reports = {name: evaluate_pairs(embedder, pairs, group=self._ranks.group) for name, pairs in self.sets.items()}
-        except EvalError as error:  # alike on every rank
-            raise RankError(str(error)) from error
+        reports = {}
+        for name, pairs in self.sets.items():
+            problem = None
+            try:
+                reports[name] = evaluate_pairs(embedder, _until(given_up, pairs), group=self._ranks.group)
+            except EvalError as error:  # on every rank if an image cannot be embedded, on the first alone if embeddings cannot be scored
+                problem = error
+            if any(self._ranks.gather(given_up())):
+                return False
+            self._ranks.together(partial(_raise, problem))
         self.newest, self.step = self._ranks.broadcast(reports), step
+        return True
 
 
 def open_sets(config: EvalConfig) -> dict[str, PairSet]:
@@ -97,6 +114,37 @@ def open_sets(config: EvalConfig) -> dict[str, PairSet]:
             raise EvalError(f"{pairs.source} and {sets[name].source} are both called {name}: rename one, because results go by that name")
         sets[name] = pairs
     return sets
+
+
+def _require_equal(sets: Mapping[str, PairSet], ranks: Ranks) -> None:
+    """Ranks that embed other numbers of images would wait for each other for ever. Raises RankError. Collectives: a gather."""
+    found = ranks.gather([(name, len(pairs.images), _digest(pairs)) for name, pairs in sets.items()])
+    if strangers := [rank for rank, of_rank in enumerate(found) if of_rank != found[0]]:
+        raise RankError(f"eval: the sets of pairs of ranks {strangers} are not those of rank 0: make the files equal on all nodes")
+
+
+def _digest(pairs: PairSet) -> str:
+    """SHA-256 of which images make which pairs."""
+    content = hashlib.sha256()
+    for array in (pairs.pairs, pairs.same, pairs.fold):
+        content.update(array.tobytes())
+    return content.hexdigest()
+
+
+def _until(given_up: Callable[[], bool], pairs: PairSet) -> PairSet:
+    """The same pairs, but no image of them can be read any more once ``given_up`` says so: what ends embedding on all ranks alike."""
+
+    def read(image: int) -> bytes:
+        if given_up():
+            raise EvalError("the evaluation was given up")
+        return pairs.images.read(image)
+
+    return replace(pairs, images=replace(pairs.images, read=read))
+
+
+def _raise(problem: EvalError | None) -> None:
+    if problem:
+        raise problem
 
 
 def evaluate(run: Run) -> tuple[Reports, Reports]:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from eval.weights import load_backbone
 from model.vit import Vit
-from train.config import ConfigError, ModelConfig
+from train.config import ConfigError, ModelConfig, RunConfig
 from train.dist import Ranks
 from train.document import show
 from train.engine_state import load_weights
@@ -45,6 +45,19 @@ def read_initial_weights(model: ModelConfig) -> tuple[Vit, Origin]:
     with loaded.file.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return loaded.net, Origin(str(loaded.file), digest)
+
+
+def require_no_weights(cfg: RunConfig) -> None:
+    """Raises: ConfigError if a new run of this recipe makes no sense with a random backbone. Not a check of the recipe by itself: which
+    weights is often said on the command line, and ``train plan`` needs none."""
+    first = cfg.stages[0]
+    if first.freeze_backbone:
+        key, what = "stages.0.freeze_backbone", f"stage {first.name} would fit the class centers to a random backbone; set it to false"
+    elif cfg.head.init_centers == "class_means":
+        key, what = "head.init_centers", "class_means of a random backbone say nothing of the classes; set it to random"
+    else:
+        return
+    raise ConfigError(f"model.init_from: not given, but {key} needs weights: {what}, or give a run, a release or a file of weights")
 
 
 def share_initial_weights(net: Vit | None, engine, ranks: Ranks) -> None:

@@ -179,11 +179,15 @@ class Run:
         return (every is not None and self.step % every == 0) or (self.cfg.eval.every_checkpoint and self.checkpoint_due())
 
     def evaluate(self) -> None:
-        """Verify pairs with the present weights. Collectives: see PairVerification.verify_engine."""
+        """Verify pairs with the present weights, unless any rank is asked to stop. Collectives: see PairVerification.verify_engine."""
         begin = time.monotonic()
-        self.verification.verify_engine(self.step, self.engine, self.stages.stage.micro_batch_size)
-        accuracies = ", ".join(f"{name} {100 * report.accuracy.mean:.2f} %" for name, report in self.verification.newest.items())
-        self.ranks.say(f"evaluation at step {self.step}: {accuracies} ({time.monotonic() - begin:.1f} s)")
+        batch_size = self.stages.stage.micro_batch_size
+        if self.verification.verify_engine(self.step, self.engine, batch_size, lambda: self.stop.reason is not None):
+            reports = self.verification.newest
+            found = ", ".join(f"{name} {100 * report.accuracy.mean:.2f} %" for name, report in reports.items())
+        else:
+            found = "given up, because the run is asked to stop"
+        self.ranks.say(f"evaluation at step {self.step}: {found} ({time.monotonic() - begin:.1f} s)")
         self.window.start += time.monotonic() - begin  # throughput is of training
         self.run_time.lap("evaluate")
 

@@ -80,6 +80,7 @@ class Workload:
         steps = self.window_steps * (1 + self.windows + late)
         stage = self.cfg.stages[self.stage].model_dump(mode="json")
         stage |= {"epochs": None, "steps": steps, "until": None, "batch": None, "schedule": None}
+        stage["freeze_backbone"] = False  # a trial begins at random; what a trained backbone needs is enough for a frozen one
         batch = {"micro_batch_size": settings.micro_batch_size, "global_batch_size": self.global_batch_size}
         return [
             *self.overrides,

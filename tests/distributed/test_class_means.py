@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from data_pipeline.augment import Augment
 from data_pipeline.loader import FaceLoader
@@ -15,7 +16,7 @@ from model.class_shard import ClassShard, initial_centers, mean_initial_norm
 from model.collectives import Collectives
 from model.vit import build_vit
 from tests.ranks import run_ranks
-from tests.training import IDENTITIES, packed_faces, train_on_rank, write_recipe
+from tests.training import IDENTITIES, given_weights, packed_faces, train_on_rank, write_recipe
 
 D, BATCHES, B = 6, 3, 5
 
@@ -130,9 +131,11 @@ def trained_centers(output, world_size):
 def test_a_run_begins_with_the_class_means_of_its_initial_backbone(world_size, ds_config, shards, tmp_path):
     """The one step that it takes moves no center by more than the learning rate, 1e-12."""
     recipe = write_recipe(tmp_path / "r.yaml", shards, tmp_path / "run", **FINE, batch={"micro_batch_size": 7})
-    run_ranks(world_size, train_on_rank, recipe, ds_config, ["head.init_centers=class_means"])
-    torch.manual_seed(0)
-    net = build_vit("vit_xxt", embedding_size=32).eval().double()
+    given, weights = given_weights(tmp_path)
+    run_ranks(world_size, train_on_rank, recipe, ds_config, ["head.init_centers=class_means", given])
+    net = build_vit("vit_xxt", embedding_size=32)
+    net.load_state_dict(load_file(weights))
+    net = net.eval().double()
     # BatchNorm's parameters are float64 here, but it computes in float32, as it always does.
     batch = next(FaceLoader(shards, 96, num_threads=1, augment=Augment(flip=0.0)))
     for buffer in net.buffers():
@@ -150,7 +153,7 @@ def test_the_pass_draws_no_random_number_and_moves_no_statistic(shards, tmp_path
     states = []
     for choice in ("random", "class_means"):
         recipe = write_recipe(tmp_path / f"{choice}.yaml", shards, tmp_path / choice, **FINE)
-        run_ranks(1, train_on_rank, recipe, "zero1_fp32.json", [f"head.init_centers={choice}"])
+        run_ranks(1, train_on_rank, recipe, "zero1_fp32.json", [f"head.init_centers={choice}", given_weights(tmp_path)[0]])
         states.append(torch.load(tmp_path / choice / "checkpoints/step_00000001/rank_00000.pt", weights_only=True))
     first, second = states
     assert torch.equal(first["random"]["torch"], second["random"]["torch"])

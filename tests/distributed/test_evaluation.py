@@ -66,15 +66,107 @@ def test_a_run_that_is_evaluated_learns_bit_for_bit_what_it_does_without(tmp_pat
     assert "score" in json.loads((last[0] / "manifest.json").read_text())
 
 
-def verify_file(group, folder, weights) -> dict[str, float]:
-    from train.config import EvalConfig
+def ranks_of(group):
     from train.dist import Ranks
-    from train.evaluation import PairVerification
 
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-    ranks = Ranks(rank, rank, world_size, world_size, torch.device("cpu"), group)
-    verification = PairVerification(EvalConfig(images=folder / "images", pairs=folder / "lfw.txt"), ranks)
-    reports = verification.verify_file(5, weights if rank == 0 else None)  # only rank 0 has the file
+    return Ranks(rank, rank, world_size, world_size, torch.device("cpu"), group)
+
+
+class Engine(torch.nn.Module):
+    """Counts its forwards; with ``mirrored=-1`` the embedding of a mirror image is the opposite of its image's."""
+
+    def __init__(self, mirrored=1):
+        super().__init__()
+        self.module, self.forwards, self.mirrored = torch.nn.Linear(1, 1), 0, mirrored
+
+    def forward(self, images):
+        self.forwards += 1
+        return images.flatten(1)[:, :8] * 0 + (self.mirrored if self.forwards % 2 == 0 else 1)
+
+
+def verify_while_told_to_stop(group, folder, stop_after):
+    """Rank 1 is asked to stop once it has been asked ``stop_after`` times whether it is."""
+    from train.config import EvalConfig
+    from train.evaluation import PairVerification
+
+    ranks, engine, asked = ranks_of(group), Engine(), iter(range(10**6))
+    verification = PairVerification(EvalConfig(packs=(folder / "agedb.pairs.safetensors",)), ranks)
+    came_to_its_end = verification.verify_engine(3, engine, 2, lambda: ranks.rank == 1 and next(asked) >= stop_after)
+    return came_to_its_end, sorted(verification.newest), engine.forwards
+
+
+@pytest.mark.parametrize(("stop_after", "complete"), [(0, False), (20, False), (10**6, True)])
+def test_a_rank_that_is_asked_to_stop_ends_the_evaluation_on_all_after_equal_forwards(heldout, stop_after, complete):
+    first, second = run_ranks(2, verify_while_told_to_stop, heldout, stop_after)
+    assert first == second
+    assert first[:2] == (complete, ["agedb"] if complete else [])
+    assert complete or first[2] <= 32  # of 40, with the batches of one gather after the request
+
+
+def train_until_asked_to_stop(group, recipe):
+    """Rank 1 is asked to stop in the evaluation of step 2."""
+    from train.run import Run
+    from train.stop import Stopped
+
+    evaluate, steps = Run.evaluate, []
+
+    def asked(run):
+        steps.append(run.step)
+        if run.ranks.rank == 1:
+            run.stop.reason = "SIGTERM"
+        evaluate(run)
+        assert run.verification.newest == {}
+
+    Run.evaluate = asked
+    with pytest.raises(Stopped, match=r"stopped at step 3 \(rank 1: SIGTERM\); its checkpoint is complete"):
+        train_on_rank(group, recipe, "zero1_fp32.json")
+    return steps
+
+
+def test_a_run_that_is_asked_to_stop_while_it_is_evaluated_gives_that_up_and_saves(tmp_path, heldout):
+    section = {"packs": [str(heldout / "agedb.pairs.safetensors")], "every_steps": 2}
+    recipe = recipe_for(2, tmp_path / "r.yaml", packed_faces(tmp_path), tmp_path / "run", eval=section, checkpoint={"every_steps": 99})
+    assert run_ranks(2, train_until_asked_to_stop, recipe) == [[2], [2]]
+    assert [path.name for path in (tmp_path / "run/checkpoints").glob("step_*")] == ["step_00000003"]
+
+
+def refused(group, folder, list_of_rank_1, mirrored):
+    from train.config import EvalConfig
+    from train.dist import RankError
+    from train.evaluation import PairVerification
+
+    ranks = ranks_of(group)
+    chosen = list_of_rank_1 if ranks.rank == 1 else folder / "lfw.txt"
+    with pytest.raises(RankError) as error:
+        PairVerification(EvalConfig(images=folder / "images", pairs=chosen), ranks).verify_engine(1, Engine(mirrored), 64)
+    return str(error.value)
+
+
+def test_sets_that_differ_between_nodes_are_refused_on_all(tmp_path, heldout):
+    """A rank that reads other pairs of as many images, and one that embeds fewer images than the others."""
+    for number, (folds, pairs) in enumerate([(5, 10), (2, 1)]):
+        path = tmp_path / str(number) / "lfw.txt"
+        path.parent.mkdir()
+        write_pairs(path, 20, 4, folds, pairs, seed=1, first_identity=500)
+        messages = run_ranks(2, refused, heldout, path, 1)
+        assert messages == ["eval: the sets of pairs of ranks [1] are not those of rank 0: make the files equal on all nodes"] * 2
+
+
+def test_embeddings_that_cannot_be_scored_end_the_run_on_every_rank(heldout):
+    """Which the first rank alone finds out."""
+    messages = run_ranks(2, refused, heldout, heldout / "lfw.txt", -1)
+    assert messages[0] == messages[1]
+    assert messages[0].startswith("rank 0: ")
+    assert "its embedding and its mirror's add up to zero" in messages[0]
+
+
+def verify_file(group, folder, weights) -> dict[str, float]:
+    from train.config import EvalConfig
+    from train.evaluation import PairVerification
+
+    verification = PairVerification(EvalConfig(images=folder / "images", pairs=folder / "lfw.txt"), ranks_of(group))
+    reports = verification.verify_file(5, weights if dist.get_rank(group) == 0 else None)  # only rank 0 has the file
     assert verification.step == 5
     assert verification.score == reports["lfw"].accuracy.mean
     return {name: report.accuracy.accuracies for name, report in reports.items()}

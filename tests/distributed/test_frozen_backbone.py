@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import nn
 
 from model.class_shard import ClassShard, initial_centers
@@ -14,7 +15,7 @@ from model.partial_fc import PartialFC
 from model.vit import build_vit
 from tests.ranks import run_ranks
 from tests.reference import adamw_reference, head_reference, relative_error
-from tests.training import ROOT, check_same_run, packed_faces, train_on_rank, write_recipe
+from tests.training import ROOT, check_same_run, given_weights, packed_faces, train_on_rank, write_recipe
 from train.backbone import FrozenBackbone, TrainedBackbone
 from train.config import RunConfig
 from train.ds_config import load_ds_config
@@ -39,7 +40,13 @@ def shards(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished(shards, tmp_path_factory):
+def given(tmp_path_factory):
+    """The override that names the weights that runs begin with, and their file."""
+    return given_weights(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="module")
+def finished(shards, given, tmp_path_factory):
     """``finished(ds_config)``: the output of an uninterrupted run of FREEZES on two ranks; each is trained once."""
     folder, runs = tmp_path_factory.mktemp("finished"), {}
 
@@ -47,7 +54,7 @@ def finished(shards, tmp_path_factory):
         if ds_config not in runs:
             output = folder / ds_config.removesuffix(".json")
             recipe = write_recipe(output.with_suffix(".yaml"), shards, output, **FREEZES)
-            assert run_ranks(2, train_on_rank, recipe, ds_config) == [8, 8]
+            assert run_ranks(2, train_on_rank, recipe, ds_config, [given[0]]) == [8, 8]
             runs[ds_config] = output
         return runs[ds_config]
 
@@ -89,9 +96,8 @@ def test_a_frozen_stage_moves_the_class_centers_and_nothing_of_the_backbone(ds_c
             assert "weight" in moved(head, next_head)
 
 
-def test_a_frozen_first_stage_leaves_the_backbone_as_the_seed_made_it(finished):
-    torch.manual_seed(0)
-    weights = build_vit("vit_xxt", mask_ratio=0.2, drop_path=0.2, embedding_size=32).state_dict()
+def test_a_frozen_first_stage_leaves_the_backbone_as_it_was_given(finished, given):
+    weights = load_file(given[1])
     for rank in (0, 1):
         backbone, _ = saved(finished("zero1_fp32.json"), 2, rank)
         for name, piece in backbone.items():
@@ -99,7 +105,7 @@ def test_a_frozen_first_stage_leaves_the_backbone_as_the_seed_made_it(finished):
                 start = backbone[name.replace("master", "start")]
                 assert torch.equal(piece, weights[name.removesuffix(" master")].flatten()[start : start + len(piece)])
                 assert torch.equal(piece, backbone[name.replace("master", "mean")])
-        assert torch.equal(backbone["buffer feature.1.running_var"], torch.ones(96))
+        assert torch.equal(backbone["buffer feature.3.running_var"], weights["feature.3.running_var"])
         assert not any("exp_avg" in name for name in backbone)
 
 
@@ -128,11 +134,11 @@ FAST_KILLS = [(1, "within", 2), (0, "save", 6)]
     ],
     ids=str,
 )
-def test_a_run_killed_in_or_around_a_frozen_stage_continues_bit_for_bit(kill, ds_config, finished, shards, tmp_path):
+def test_a_run_killed_in_or_around_a_frozen_stage_continues_bit_for_bit(kill, ds_config, finished, shards, given, tmp_path):
     recipe = write_recipe(tmp_path / "recipe.yaml", shards, tmp_path / "run", **FREEZES)
     with pytest.raises(AssertionError, match=r"ranks ended without a traceback|failed"):
-        run_ranks(2, train_on_rank, recipe, ds_config, (), kill)
-    assert run_ranks(2, train_on_rank, recipe, ds_config) == [8, 8]
+        run_ranks(2, train_on_rank, recipe, ds_config, [given[0]], kill)
+    assert run_ranks(2, train_on_rank, recipe, ds_config, [given[0]]) == [8, 8]
     check_same_run(tmp_path / "run", finished(ds_config))
 
 
@@ -219,15 +225,39 @@ def test_a_frozen_stage_that_could_move_nothing_at_all_is_refused():
     assert recipe(centers="replace", update_expectation=True).stages[1].freeze_backbone
 
 
-def modes_around_an_evaluation(group):
-    """Whether the module trains, as each stage begins and after an evaluation in it; one rank."""
-    from eval.embedder import module_embedder
+def build():
+    """A backbone and its DeepSpeedEngine; one rank."""
     from train.engine import build_engine, build_optimizer
 
     cfg = recipe()
     ds_config, _ = load_ds_config(ROOT / "ds_configs/zero1_fp32.json", cfg, 1, "cpu")
     net = build_vit("vit_xxt", embedding_size=D)
-    engine = build_engine(net, build_optimizer(net, cfg.optimizer), ds_config)
+    return net, build_engine(net, build_optimizer(net, cfg.optimizer), ds_config)
+
+
+def counts_after_going_back(group):
+    """Of an optimizer that counts in its parameter groups, as apex's and DeepSpeed's do on a GPU: after 7 steps, and back at none."""
+    from train.engine_state import engine_state, load_engine_state
+
+    _, engine = build()
+    state = engine_state(engine)
+    pieces = {name: {kind: value.clone() for kind, value in piece.items() if kind != "start"} for name, piece in state["pieces"].items()}
+    groups = engine.optimizer.optimizer.param_groups
+    for group in groups:
+        group["step"] = 7
+    load_engine_state(engine, state, lambda kind, name, start, stop: pieces[name][kind])
+    return [group.get("step") for group in groups]
+
+
+def test_a_run_that_goes_back_into_a_frozen_first_stage_counts_the_backbone_s_steps_from_none():
+    assert run_ranks(1, counts_after_going_back) == [[None, None]]
+
+
+def modes_around_an_evaluation(group):
+    """Whether the module trains, as each stage begins and after an evaluation in it; one rank."""
+    from eval.embedder import module_embedder
+
+    net, engine = build()
     modes = []
     for stage in (lambda: FrozenBackbone(engine, Collectives(group)), lambda: TrainedBackbone(engine, None)):
         stage()

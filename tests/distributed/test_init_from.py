@@ -8,11 +8,10 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from model.vit import build_vit
 from tests.ranks import run_ranks
-from tests.training import losses, packed_faces, train_on_rank, write_recipe
+from tests.training import given_weights, losses, packed_faces, train_on_rank, write_recipe
 from train.config import load_run_config
 from train.dist import RankError
 
@@ -26,14 +25,7 @@ def shards(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A .safetensors of a backbone that no seed of a recipe makes, BatchNorm's statistics included."""
-    torch.manual_seed(77)
-    net = build_vit("vit_xxt", embedding_size=32)
-    net.feature[1].running_mean.uniform_(-1, 1)
-    net.feature[3].running_var.uniform_(0.5, 2)
-    path = tmp_path_factory.mktemp("weights") / "given.safetensors"
-    save_file(net.state_dict(), path)
-    return path
+    return given_weights(tmp_path_factory.mktemp("weights"))[1]
 
 
 def train_with_weights_on_rank_0_alone(group, recipe, ds_config, weights):
@@ -84,6 +76,29 @@ def test_a_run_goes_on_without_the_file_and_says_where_it_began(shards, weights,
     assert losses(tmp_path / "run") == expected
 
 
+def make_older(manifest):
+    """As before there were model.init_from, head.init_centers, stages.N.freeze_backbone."""
+    about = json.loads(manifest.read_text())
+    del about["run"]["origin"], about["identity"]["recipe"]["head"]["init_centers"]
+    for stage in about["identity"]["recipe"]["stages"]:
+        del stage["freeze_backbone"]
+    manifest.write_text(json.dumps(about))
+
+
+def test_a_checkpoint_from_before_these_keys_goes_on_where_they_are_at_their_defaults(shards, tmp_path):
+    recipe = write_recipe(tmp_path / "recipe.yaml", shards, tmp_path / "run", checkpoint={"every_steps": 3, "keep_last": 9})
+    assert run_ranks(1, train_on_rank, recipe, "zero1_fp32.json") == [8]
+    expected, checkpoints = losses(tmp_path / "run"), tmp_path / "run/checkpoints"
+    for step in (4, 6, 8):
+        shutil.rmtree(checkpoints / f"step_{step:08d}")
+    make_older(checkpoints / "step_00000003/manifest.json")
+    (message,) = run_ranks(1, refused, recipe, "head.init_centers=class_means")
+    assert "recipe.head.init_centers: this run has class_means, the checkpoint None" in message
+    (said,) = run_ranks(1, go_on, recipe, "resume=required")
+    assert "step_00000003: step 3" in said
+    assert losses(tmp_path / "run") == expected
+
+
 def refused(group, recipe, *overrides):
     with pytest.raises(RankError) as error:
         train_on_rank(group, recipe, "zero1_fp32.json", overrides)
@@ -98,6 +113,14 @@ def test_weights_of_another_backbone_are_refused_with_what_was_expected_and_foun
     lines = messages[0].splitlines()
     assert f'model.name: expected "vit_xxt", which {weights} of model.init_from has, found "vit_xt"; set model.name=vit_xxt' in lines[0]
     assert f"model.embedding_size: expected 32, which {weights} of model.init_from has, found 64; set model.embedding_size=32" in lines[1]
+
+
+def test_a_new_run_that_would_fit_class_centers_to_a_random_backbone_is_refused(shards, tmp_path):
+    frozen = write_recipe(tmp_path / "frozen.yaml", shards, tmp_path / "run", **FROZEN)
+    (message,) = run_ranks(1, refused, frozen)
+    assert message.startswith("model.init_from: not given, but stages.0.freeze_backbone needs weights: stage head would fit")
+    (message,) = run_ranks(1, refused, write_recipe(tmp_path / "r.yaml", shards, tmp_path / "run"), "head.init_centers=class_means")
+    assert message.startswith("model.init_from: not given, but head.init_centers needs weights: class_means of a random backbone")
 
 
 def test_a_file_that_is_not_there_is_named_on_every_rank(shards, tmp_path):

@@ -282,6 +282,14 @@ def test_the_mathematics_see_every_change_of_what_is_computed(recipe):
     assert all(one != other for i, one in enumerate(seen) for other in seen[:i])
 
 
+def test_the_mathematics_without_defaults_are_what_was_chosen(recipe):
+    full, chosen = (load_run_config(recipe, OTHER).mathematics(defaults=defaults) for defaults in (True, False))
+    assert (full["head"]["init_centers"], chosen["head"]["init_centers"]) == ("class_means", "class_means")
+    assert (full["head"]["loss"], "loss" in chosen["head"]) == ("softmax", False)
+    assert {"seed", "data", "stages"} <= chosen.keys() <= full.keys()
+    assert chosen["stages"][0].keys() < full["stages"][0].keys()
+
+
 def test_ranks_must_share_everything_but_the_places_of_things(recipe):
     local = ["output=elsewhere", "metrics.port=0", "metrics.host=0.0.0.0", "data.path=moved", "data.num_threads=7"]
     shared = [

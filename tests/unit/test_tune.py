@@ -81,6 +81,14 @@ def test_another_stage_can_be_measured_and_an_unknown_one_is_named(tmp_path):
         workload(stage="late")
 
 
+def test_a_frozen_stage_is_measured_as_if_it_were_trained_and_without_weights(tmp_path):
+    finetune = DEMO.with_name("lfw_tiny_finetune.yaml")
+    for stage in ("head", "whole"):
+        work = workload("model.init_from=given", recipe=finetune, stage=stage)
+        cfg = load_run_config(finetune, work.trial_overrides(PLAIN, tmp_path))
+        assert (cfg.stages[0].freeze_backbone, cfg.head.init_centers, cfg.model.init_from) == (False, "random", None)
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 def test_the_json_of_settings_is_that_of_the_shipped_file_for_them(stage, precision):

@@ -14,7 +14,7 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def faces() -> Path:
     """Folder of the real faces; research data that is not part of the project."""
     if not (_SHARED_DATA / "lfw_112").is_dir():

@@ -1,4 +1,4 @@
-"""Images decoded ahead of the model, a batch at a time: by Pillow in threads, or by DALI."""
+"""Images decoded for a model, a batch at a time, ahead of it if that is on a GPU: by Pillow in threads, or by DALI."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one way from images to embeddings: in batches, decoded ahead, spread over ranks, and kept for the next time."""
+"""The one way from images to embeddings: in batches, spread over ranks, and kept for the next time."""
 
 from __future__ import annotations
 

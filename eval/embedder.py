@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from eval.errors import EvalError
+from eval.onnx_tensors import external_files
 from eval.weights import KINDS, SUFFIXES, Backbone, load_backbone
 from model.vit import IMAGE_SIZE
 
@@ -155,11 +156,11 @@ def _onnx_embedder(path: Path, input_range: str, batch_size: int) -> Embedder:
     sizes = [got if isinstance(got, int) else want for got, want in zip(shape[1:], wanted, strict=False)]  # a named size fits any
     if dtype != "tensor(float)" or len(shape) != 4 or sizes != wanted:
         raise EvalError(f"{path}: expected {inputs[0].name} to be a tensor(float) of shape {['b', *wanted]}, found {dtype} of {shape}")
-    graph = onnx.load(str(path), load_external_data=False).graph
+    model = onnx.load(str(path), load_external_data=False)
     fixed_batch = isinstance(shape[0], int) and shape[0] > 0
 
     if input_range == "auto":
-        input_range = "0..255" if normalises_itself(graph) else "-1..1"
+        input_range = "0..255" if normalises_itself(model.graph) else "-1..1"
     output = session.get_outputs()[0].name
 
     def forward(pixels: Tensor) -> Tensor:
@@ -174,7 +175,7 @@ def _onnx_embedder(path: Path, input_range: str, batch_size: int) -> Embedder:
         input_range=input_range,
         batch_size=shape[0] if fixed_batch else batch_size,
         pad=fixed_batch,
-        files=[path, *(path.parent / location for location in _external_files(graph))],
+        files=[path, *(path.parent / location for location in external_files(model))],
     )
 
 
@@ -182,8 +183,3 @@ def normalises_itself(graph: onnx.GraphProto) -> bool:
     """Whether a Sub and after it a Mul or Div stand among the first nodes: such a graph takes pixels in 0..255."""
     first = [node.op_type for node in graph.node[:NORMALISING_NODES]]
     return "Sub" in first and any(op in ("Mul", "Div") for op in first[first.index("Sub") + 1 :])
-
-
-def _external_files(graph: onnx.GraphProto) -> list[str]:
-    """Names of the files beside a graph that hold weights of it; onnxruntime has seen to it that they lie there."""
-    return sorted({entry.value for weight in graph.initializer for entry in weight.external_data if entry.key == "location"})

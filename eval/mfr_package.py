@@ -22,7 +22,7 @@ import stat
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,7 @@ import onnxruntime
 
 from eval.embedder import NORMALISING_NODES, normalises_itself
 from eval.errors import EvalError
+from eval.onnx_tensors import tensors
 from model.vit import IMAGE_SIZE
 
 MAX_BYTES = 1024 * 2**20  # of the ONNX file
@@ -142,7 +143,7 @@ def _check_graph(path: Path, found: dict[str, tuple[bool, str]]) -> bool:
     """What the file says, without running it. Returns whether it may be run: its weights do not lie elsewhere on this machine."""
     try:
         model = onnx.load(str(path), load_external_data=False)
-        outside = [tensor.name for tensor, _ in _tensors(model) if tensor.data_location == onnx.TensorProto.EXTERNAL]
+        outside = [tensor.name for tensor, _ in tensors(model) if tensor.data_location == onnx.TensorProto.EXTERNAL]
         if not outside:
             onnx.checker.check_model(str(path))  # it would look for those files
     except Exception as error:  # protobuf's, the checker's and the operating system's errors share no narrower base class
@@ -158,7 +159,7 @@ def _check_graph(path: Path, found: dict[str, tuple[bool, str]]) -> bool:
     found["versions"] = (known, f"{', '.join(f'{name} {version}' for name, version in sets.items())}, IR {model.ir_version}{functions}")
 
     found["nodes"] = (len(graph.node) >= MIN_NODES, str(len(graph.node)))
-    wrong = [tensor for tensor, stored in _tensors(model) if not _is_permitted(tensor, stored)]
+    wrong = [tensor for tensor, stored in tensors(model) if not _is_permitted(tensor, stored)]
     kinds = sorted({onnx.TensorProto.DataType.Name(tensor.data_type).lower() for tensor in wrong})
     found["weights"] = (not wrong, f"{len(wrong)} are {', '.join(kinds)}, the first is {wrong[0].name!r}" if wrong else "none")
 
@@ -172,24 +173,6 @@ def _check_graph(path: Path, found: dict[str, tuple[bool, str]]) -> bool:
     else:
         found["normalisation"] = (True, "outside: the server feeds (x - 127.5) / 127.5")
     return not outside
-
-
-def _tensors(model: onnx.ModelProto) -> Iterator[tuple[onnx.TensorProto, bool]]:
-    """Every tensor in the file, those of subgraphs too, and whether it is an initializer. Attributes that are not set yield empty ones."""
-    graphs = [model.graph]
-    nodes = [node for function in model.functions for node in function.node]
-    while graphs or nodes:
-        if graphs:
-            graph = graphs.pop()
-            nodes.extend(graph.node)
-            yield from ((tensor, True) for tensor in graph.initializer)
-            yield from ((tensor, True) for sparse in graph.sparse_initializer for tensor in (sparse.values, sparse.indices))
-        else:
-            for attribute in nodes.pop().attribute:
-                graphs.extend([attribute.g, *attribute.graphs])
-                yield from ((tensor, False) for tensor in (attribute.t, *attribute.tensors))
-                sparse_tensors = (attribute.sparse_tensor, *attribute.sparse_tensors)
-                yield from ((tensor, False) for sparse in sparse_tensors for tensor in (sparse.values, sparse.indices))
 
 
 def _is_permitted(tensor: onnx.TensorProto, stored: bool) -> bool:

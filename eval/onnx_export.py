@@ -14,7 +14,7 @@ from data_pipeline.output import sync_folder, write_file
 from data_pipeline.synthetic import draw_face
 from eval.embedder import load_embedder, module_embedder
 from eval.errors import EvalError
-from eval.images import IMAGE_SUFFIXES, decode_image
+from eval.images import IMAGE_SUFFIXES, decode_image, read_image
 from eval.mfr_package import MAX_EMBEDDING_SIZE, MAX_OPSET, RuleResult, check_package
 from eval.onnx_graph import OPSETS, build_graph, store_weights_as_float16
 from eval.release_folder import sha256
@@ -106,7 +106,7 @@ def images_to_compare(folder: Path | None) -> tuple[np.ndarray, str]:
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)[:count]
     if len(paths) < count:
         raise EvalError(f"{folder}: expected {count} images at least ({', '.join(IMAGE_SUFFIXES)}), found {len(paths)}")
-    return np.stack([decode_image(path.read_bytes(), str(path)) for path in paths]), f"the first {count} images of {folder}"
+    return np.stack([decode_image(read_image(path), str(path)) for path in paths]), f"the first {count} images of {folder}"
 
 
 def _compare(backbone: Backbone, graph: Path, images: np.ndarray, say: Callable[[str], None]) -> tuple[dict[int, float], dict[int, float]]:

@@ -1,6 +1,7 @@
 """A folder of images and a list of pairs: LFW's pairs.txt is read here, other lists by ``eval.pair_lists``."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def find_pairs(images_dir: str | Path, pairs_file: str | Path) -> PairSet:
     first = list_fields(lines[0][1])
     if len(first) in (2, 3) and not _is_header(first):
         return listed_pairs(images_dir, pairs_file, read_list(pairs_file, lines))
-    found = read_pairs(pairs_file)
+    found = _parse(pairs_file, lines)
     pairs = [ListedPair(_path(pair.first), _path(pair.second), pair.same, f"{pairs_file}, line {pair.line}") for pair in found.pairs]
     fold = np.arange(len(pairs)) // (len(pairs) // found.num_folds)
     return pair_set(images_dir, pairs_file, pairs_file.name, pairs, fold, first_part)
@@ -65,7 +66,12 @@ def read_pairs(path: str | Path) -> PairList:
     Raises: EvalError that names the file and the line.
     """
     path = Path(path)
-    lines = [(number, _fields(line)) for number, line in read_lines(path)]
+    return _parse(path, read_lines(path))
+
+
+def _parse(path: Path, text: Sequence[tuple[int, str]]) -> PairList:
+    """``text``: of ``read_lines``."""
+    lines = [(number, _fields(line)) for number, line in text]
     number, header = lines[0]
     if not _is_header(header) or 0 in map(int, header):
         expected = "expected two positive numbers, folds and pairs per class in a fold (10 300)"

@@ -67,6 +67,6 @@ def embedded(title: str, light: bytes, dark: bytes) -> dict[str, str]:
 
 
 def page(template: Path, values: dict) -> str:
-    """HTML from a template, which may include ``page.css``; all values are escaped."""
+    """HTML from a template that extends ``page.html``, which shows ``title``; all values are escaped."""
     folders = [template.parent, Path(__file__).parent]
     return Environment(loader=FileSystemLoader(folders), autoescape=True).get_template(template.name).render(values)

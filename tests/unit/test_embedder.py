@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from eval.embedder import Embedder, load_embedder, module_embedder
 from eval.errors import EvalError
+from eval.onnx_tensors import external_files
 from eval.weights import load_backbone
 from model.vit import Vit, build_vit
 
@@ -224,6 +225,17 @@ def test_a_graph_cannot_read_files_elsewhere_as_its_weights(tmp_path, where):
     (tmp_path / "model" / "m.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(EvalError, match=r"m\.onnx: onnxruntime can't open this graph: .*[Ee]xternal data"):
         load_embedder(tmp_path / "model" / "m.onnx")
+
+
+def test_every_file_that_holds_numbers_of_a_graph_is_known_to_its_digest(tmp_path):
+    """Of initializers, and of constants among the nodes."""
+    model = onnx.load(write_graph(tmp_path / "m.onnx", "Add"))
+    elsewhere = {name: TensorProto(name=name, data_type=TensorProto.FLOAT, data_location=TensorProto.EXTERNAL) for name in ("a", "b")}
+    for name, tensor in elsewhere.items():
+        tensor.external_data.add(key="location", value=f"{name}.bin")
+    model.graph.initializer.append(elsewhere["a"])
+    model.graph.node.append(helper.make_node("Constant", [], ["b"], value=elsewhere["b"]))
+    assert external_files(model) == ["a.bin", "b.bin"]
 
 
 def test_models_that_cannot_be_opened_are_named(tmp_path):

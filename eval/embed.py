@@ -43,7 +43,7 @@ def embed(
         group: ranks that share the work; None is this process alone.
         decoder: one of ``eval.decoding.DECODERS``.
         cache: where embeddings are looked up and kept; the first rank's counts.
-        progress: called on the first rank as (images done, images in all) after each batch.
+        progress: called as (images done, images in all) after each batch, on every rank equally often.
     Returns: on the first rank [n, 2, D] float32, each image and its mirror, or [n, 1, D] without mirrors, not normalised; from a cache it
         is read-only and lies on the disk. None on the others.
     Raises: EvalError on every rank that names the image when it is unreadable, of another size, or its embedding is zero or not finite.
@@ -81,7 +81,7 @@ def _embed(
     with closing(decode_ahead(images, batches, decoder, embedder.device)) as decoded:
         for chunk in chunks:
             parts, problem = [], None
-            for batch in chunk.batches(ranks.rank):
+            for number, batch in enumerate(chunk.batches(ranks.rank), 1):
                 pixels = next(decoded)
                 if isinstance(pixels, EvalError):
                     problem = problem or str(pixels)
@@ -92,8 +92,8 @@ def _embed(
                         _check(parts[-1], batch, images, embedder)
                 except EvalError as error:
                     problem = problem or str(error)
-                if progress and ranks.rank == 0:
-                    progress(min(chunk.start + ranks.world_size * (batch[-1] + 1 - chunk.start), chunk.stop), total)
+                if progress:
+                    progress(min(chunk.start + number * embedder.batch_size * ranks.world_size, chunk.stop), total)
             ranks.raise_any(problem)
             gathered = ranks.gather_rows(np.concatenate(parts))
             if gathered is not None:

@@ -54,7 +54,7 @@ def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks:
         ranks.together(lambda: require_compiler(ranks.device))
     if cfg.metrics.tensorboard:
         ranks.together(lambda: require_tensorboard() if ranks.is_first else None)
-    verification = PairVerification(cfg.eval, ranks) if cfg.eval else None
+    verification = PairVerification(cfg.eval, ranks, watchdog.beat) if cfg.eval else None
     checkpoints = _open_checkpoints(cfg, ds_config, summary, ranks)
     newest = checkpoints.newest()
     saved = ranks.together(lambda: _read_checkpoint(cfg, checkpoints, newest))
@@ -110,7 +110,7 @@ def build_run(cfg: RunConfig, ds_config: dict, summary: DeepSpeedSummary, ranks:
         waiting=partial(timer.part, "comm"),
     )
     if cfg.head.init_centers == "class_means" and not saved:
-        set_class_means(cfg, ranks, engine, head, alive=lambda: watchdog.enter("start", 0))
+        set_class_means(cfg, ranks, engine, head, alive=watchdog.beat)
     # From here on every rank draws its own dropped patches and paths.
     seed_rank(cfg.seed, ranks.rank)
     guard = Guard(cfg.guard, ranks, cfg.output, summary.precision)

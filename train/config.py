@@ -230,12 +230,12 @@ class MetricsConfig(Section):
 class WatchdogConfig(Section):
     """How long a rank may stay in a phase of the run. After that all ranks tell where they stand and end with exit code 3."""
 
-    start_s: Seconds = 1800.0  # everything before the first step: opening the data, building, loading a checkpoint
+    start_s: Seconds = 1800.0  # everything before the first step: opening the data, building, loading a checkpoint; a batch of class means
     data_s: Seconds = 300.0  # waiting for a batch, which each rank does by itself
     step_s: Seconds = 600.0  # head, forward, backward, optimizer and what lies between them: the others wait there for a rank without data
     checkpoint_s: Seconds = 1800.0  # saving
-    evaluate_s: Seconds = 3600.0  # an evaluation while training
-    end_s: Seconds = 7200.0  # the evaluation at the end
+    evaluate_s: Seconds = 1800.0  # of an evaluation while training a batch, or what follows the last one
+    end_s: Seconds = 1800.0  # the same of the evaluation at the end, and what is written then
 
     def key(self, phase: str) -> str:
         """The field whose deadline ``phase`` has."""

@@ -33,16 +33,18 @@ Reports = Mapping[str, "PairReport"]  # by name of the set of pairs
 class PairVerification:
     """On the sets of pairs of the recipe's ``eval`` section.
 
-    ``sets``: by name. ``newest``: the reports of the last evaluation, the same on every rank, empty before it; ``step``: of the
-    weights that it was of.
+    ``sets``: by name. ``newest``: the reports of the last evaluation, the same on every rank, empty before it and where it had no
+    result; ``step``: of the weights that it was of.
     """
 
-    def __init__(self, config: EvalConfig, ranks: Ranks) -> None:
+    def __init__(self, config: EvalConfig, ranks: Ranks, alive: Callable[[], None] = lambda: None) -> None:
         """Open the sets.
 
+        Args:
+            alive: called after every batch on every rank, equally often: an evaluation may take long where a batch must not.
         Raises RankError on every rank if one cannot be opened on any, or is another one there. Collectives: two gathers.
         """
-        self._ranks = ranks
+        self._ranks, self._alive = ranks, alive
         self.sets = ranks.together(lambda: open_sets(config))
         _require_equal(self.sets, ranks)
         self.newest: Reports = {}
@@ -54,11 +56,12 @@ class PairVerification:
         reports = self.newest.values()
         return sum(report.accuracy.mean for report in reports) / len(reports) if reports else math.nan
 
-    def verify_engine(self, step: int, engine, batch_size: int, given_up: Callable[[], bool] = lambda: False) -> bool:
-        """Of the weights that a DeepSpeedEngine trains with, in its precision. Returns whether it came to its end.
+    def verify_engine(self, step: int, engine, batch_size: int, given_up: Callable[[], bool] = lambda: False) -> str | None:
+        """Of the weights that a DeepSpeedEngine trains with, in its precision. Returns why there is no result, None where there is one.
 
         Neither weights nor random numbers nor BatchNorm statistics are changed. Once ``given_up`` says so on any rank, all of them end the
-        evaluation some batches later, without a report. Raises RankError on every rank, if an image cannot be embedded.
+        evaluation some batches later, without a result. Nor is there one if an image cannot be embedded, as by weights that have become
+        useless: whether they can be trained on is not for an evaluation to say.
 
         Collectives: a gather of the statistics, and of every set those of ``eval.embed.embed`` and two gathers; a broadcast.
         """
@@ -66,7 +69,12 @@ class PairVerification:
 
         embedder = module_embedder(engine, source=f"the backbone at step {step}", batch_size=batch_size)
         with _pooled_statistics(engine.module, self._ranks):
-            return self._verify(step, embedder, given_up)
+            try:
+                complete = self._verify(step, embedder, given_up)
+            except RankError as error:
+                self.newest, self.step = {}, math.nan
+                return str(error)
+        return None if complete else "the run is asked to stop"
 
     def verify_file(self, step: int, weights: Path | None) -> Reports:
         """Of a backbone's weights file, in float32; only rank 0 needs it. Raises RankError. Collectives: as above, and of the weights."""
@@ -82,13 +90,15 @@ class PairVerification:
         return self.newest
 
     def _verify(self, step: int, embedder: Embedder, given_up: Callable[[], bool] = lambda: False) -> bool:
+        """Returns whether it came to its end. Raises RankError on every rank, if an image cannot be embedded."""
         from eval.pairs import evaluate_pairs
 
+        options = {"group": self._ranks.group, "progress": lambda done, total: self._alive()}
         reports = {}
         for name, pairs in self.sets.items():
             problem = None
             try:
-                reports[name] = evaluate_pairs(embedder, _until(given_up, pairs), group=self._ranks.group)
+                reports[name] = evaluate_pairs(embedder, _until(given_up, pairs), **options)
             except EvalError as error:  # on every rank if an image cannot be embedded, on the first alone if embeddings cannot be scored
                 problem = error
             if any(self._ranks.gather(given_up())):

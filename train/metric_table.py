@@ -121,7 +121,9 @@ TABLE = (
     MetricSpec("lvface_epoch", "gauge", "epochs", "Passes over the training images since the start of the run", "epoch"),
     MetricSpec("lvface_stage", "gauge", "index", "Index of the current stage; its name is the label", "stage_by_name", "name"),
     MetricSpec("lvface_phase", "gauge", "1", "1 for the part of the loop that this rank is in at the moment of the scrape", label="phase"),
-    MetricSpec("lvface_heartbeat_timestamp_seconds", "gauge", "seconds", "When this rank last entered a phase, since 1970"),
+    MetricSpec(
+        "lvface_heartbeat_timestamp_seconds", "gauge", "seconds", "When this rank last entered a phase or got on in a long one, since 1970"
+    ),
     MetricSpec(
         "lvface_restarts", "gauge", "starts", "How often the run was started again from a checkpoint, and logged a step", "restarts"
     ),

@@ -50,7 +50,7 @@ class Pulse:
     rank: int
     phase: str
     step: int  # optimizer steps completed
-    entered: int  # phases entered since the start. All ranks go through the same ones, so the smallest number is the farthest behind
+    entered: int  # phases and parts of long ones, since the start. All ranks go through the same: the smallest number is farthest behind
     seconds: float  # in this phase
     waiting: bool  # the training thread is inside a collective
     at: str  # its innermost Python frame

@@ -179,15 +179,16 @@ class Run:
         return (every is not None and self.step % every == 0) or (self.cfg.eval.every_checkpoint and self.checkpoint_due())
 
     def evaluate(self) -> None:
-        """Verify pairs with the present weights, unless any rank is asked to stop. Collectives: see PairVerification.verify_engine."""
+        """Verify pairs with the present weights; without a result the run goes on. Collectives: see PairVerification.verify_engine."""
         begin = time.monotonic()
         batch_size = self.stages.stage.micro_batch_size
-        if self.verification.verify_engine(self.step, self.engine, batch_size, lambda: self.stop.reason is not None):
-            reports = self.verification.newest
-            found = ", ".join(f"{name} {100 * report.accuracy.mean:.2f} %" for name, report in reports.items())
+        problem = self.verification.verify_engine(self.step, self.engine, batch_size, lambda: self.stop.reason is not None)
+        if problem:
+            self.ranks.say(f"warning: the evaluation at step {self.step} has no result: {problem}")
         else:
-            found = "given up, because the run is asked to stop"
-        self.ranks.say(f"evaluation at step {self.step}: {found} ({time.monotonic() - begin:.1f} s)")
+            accuracies = {name: report.accuracy.mean for name, report in self.verification.newest.items()}
+            found = ", ".join(f"{name} {100 * mean:.2f} %" for name, mean in accuracies.items())
+            self.ranks.say(f"evaluation at step {self.step}: {found} ({time.monotonic() - begin:.1f} s)")
         self.window.start += time.monotonic() - begin  # throughput is of training
         self.run_time.lap("evaluate")
 

@@ -72,6 +72,10 @@ class Watchdog:
         """``step``: optimizer steps completed. For the training thread; it costs some microseconds."""
         self._position = Position(phase, step, self._position.entered + 1, self._seconds, time.time())
 
+    def beat(self) -> None:
+        """The phase gets on: its deadline begins anew. For work of many equal parts that may take long, on all ranks equally often."""
+        self.enter(self._position.phase, self._position.step)
+
     @property
     def position(self) -> Position:
         return self._position

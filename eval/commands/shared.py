@@ -50,7 +50,8 @@ def add_embedding(command: argparse.ArgumentParser, *, aligned: bool = True) -> 
 def embed_options(args: argparse.Namespace) -> dict[str, Any]:
     """What the command line says of ``eval.embed.embed``."""
     cache = EmbeddingCache(args.cache) if args.cache else None
-    return {"group": args.ranks.group, "decoder": args.decoder, "cache": cache, "progress": Progress()}
+    progress = Progress() if args.ranks.is_first else None
+    return {"group": args.ranks.group, "decoder": args.decoder, "cache": cache, "progress": progress}
 
 
 def add_pairs_folder(command: argparse.ArgumentParser) -> None:

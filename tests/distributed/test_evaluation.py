@@ -1,6 +1,10 @@
 """Evaluation while a run trains: by all ranks, without a trace in what is learned, and the same as of the weights on the disk."""
 
+import contextlib
+import io
 import json
+import math
+import re
 
 import pytest
 import torch
@@ -92,15 +96,15 @@ def verify_while_told_to_stop(group, folder, stop_after):
 
     ranks, engine, asked = ranks_of(group), Engine(), iter(range(10**6))
     verification = PairVerification(EvalConfig(packs=(folder / "agedb.pairs.safetensors",)), ranks)
-    came_to_its_end = verification.verify_engine(3, engine, 2, lambda: ranks.rank == 1 and next(asked) >= stop_after)
-    return came_to_its_end, sorted(verification.newest), engine.forwards
+    problem = verification.verify_engine(3, engine, 2, lambda: ranks.rank == 1 and next(asked) >= stop_after)
+    return problem, sorted(verification.newest), engine.forwards
 
 
 @pytest.mark.parametrize(("stop_after", "complete"), [(0, False), (20, False), (10**6, True)])
 def test_a_rank_that_is_asked_to_stop_ends_the_evaluation_on_all_after_equal_forwards(heldout, stop_after, complete):
     first, second = run_ranks(2, verify_while_told_to_stop, heldout, stop_after)
     assert first == second
-    assert first[:2] == (complete, ["agedb"] if complete else [])
+    assert first[:2] == ((None, ["agedb"]) if complete else ("the run is asked to stop", []))
     assert complete or first[2] <= 32  # of 40, with the batches of one gather after the request
 
 
@@ -131,7 +135,7 @@ def test_a_run_that_is_asked_to_stop_while_it_is_evaluated_gives_that_up_and_sav
     assert [path.name for path in (tmp_path / "run/checkpoints").glob("step_*")] == ["step_00000003"]
 
 
-def refused(group, folder, list_of_rank_1, mirrored):
+def refused(group, folder, list_of_rank_1):
     from train.config import EvalConfig
     from train.dist import RankError
     from train.evaluation import PairVerification
@@ -139,7 +143,7 @@ def refused(group, folder, list_of_rank_1, mirrored):
     ranks = ranks_of(group)
     chosen = list_of_rank_1 if ranks.rank == 1 else folder / "lfw.txt"
     with pytest.raises(RankError) as error:
-        PairVerification(EvalConfig(images=folder / "images", pairs=chosen), ranks).verify_engine(1, Engine(mirrored), 64)
+        PairVerification(EvalConfig(images=folder / "images", pairs=chosen), ranks)
     return str(error.value)
 
 
@@ -149,16 +153,77 @@ def test_sets_that_differ_between_nodes_are_refused_on_all(tmp_path, heldout):
         path = tmp_path / str(number) / "lfw.txt"
         path.parent.mkdir()
         write_pairs(path, 20, 4, folds, pairs, seed=1, first_identity=500)
-        messages = run_ranks(2, refused, heldout, path, 1)
+        messages = run_ranks(2, refused, heldout, path)
         assert messages == ["eval: the sets of pairs of ranks [1] are not those of rank 0: make the files equal on all nodes"] * 2
 
 
-def test_embeddings_that_cannot_be_scored_end_the_run_on_every_rank(heldout):
-    """Which the first rank alone finds out."""
-    messages = run_ranks(2, refused, heldout, heldout / "lfw.txt", -1)
-    assert messages[0] == messages[1]
-    assert messages[0].startswith("rank 0: ")
-    assert "its embedding and its mirror's add up to zero" in messages[0]
+def verify_twice(group, folder, mirrored):
+    """Once with a good engine, then with one whose embeddings are of no use."""
+    from train.config import EvalConfig
+    from train.evaluation import PairVerification
+
+    beats = []
+    ranks = ranks_of(group)
+    verification = PairVerification(EvalConfig(images=folder / "images", pairs=folder / "lfw.txt"), ranks, lambda: beats.append(None))
+    assert verification.verify_engine(1, Engine(), 7) is None
+    assert math.isfinite(verification.score)
+    problem = verification.verify_engine(2, Engine(mirrored), 7)
+    return problem, len(beats), verification.newest, verification.score, verification.step
+
+
+@pytest.mark.parametrize(
+    ("mirrored", "expected"),
+    [
+        (-1, "rank 0: .*: its embedding and its mirror's add up to zero"),  # which the first rank alone finds out
+        (math.nan, r".*: its embedding is zero or not finite \(7 of 7 in its batch\); check the backbone at step 2"),
+    ],
+)
+def test_embeddings_that_cannot_be_scored_are_no_result_on_any_rank_and_forget_the_last_one(heldout, mirrored, expected):
+    first, second = run_ranks(2, verify_twice, heldout, mirrored)
+    assert first[0] == second[0]
+    assert re.match(expected, first[0])
+    assert first[1] == second[1] == 2 * 6  # 80 images: 40 for each rank, in batches of 7, two times
+    for _, _, newest, score, step in (first, second):
+        assert (newest, math.isnan(score), math.isnan(step)) == ({}, True, True)
+
+
+def train_with_spoiled_evaluation(group, recipe):
+    """At step 4 embeddings are not finite, as those of useless weights; the engine trains on undisturbed."""
+    from train.evaluation import PairVerification
+
+    verify = PairVerification.verify_engine
+
+    def spoiled(verification, step, engine, *arguments):
+        if step != 4:
+            return verify(verification, step, engine, *arguments)
+        hook = engine.register_forward_hook(lambda module, inputs, output: output * math.nan)
+        try:
+            return verify(verification, step, engine, *arguments)
+        finally:
+            hook.remove()
+
+    PairVerification.verify_engine = spoiled
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        steps = train_on_rank(group, recipe, "zero1_fp32.json")
+    return steps, said.getvalue()
+
+
+def test_a_run_goes_on_when_an_evaluation_has_no_result(tmp_path, heldout):
+    section = {"packs": [str(heldout / "agedb.pairs.safetensors")], "every_checkpoint": True}
+    recipe = recipe_for(
+        2, tmp_path / "r.yaml", packed_faces(tmp_path), tmp_path / "run", eval=section, checkpoint={"every_steps": 2, "keep_last": 9}
+    )
+    found = run_ranks(2, train_with_spoiled_evaluation, recipe)
+    assert [steps for steps, _ in found] == [8, 8]
+    warning = r"warning: the evaluation at step 4 has no result: .*: its embedding is zero or not finite .* check the backbone at step 4"
+    assert [len(re.findall(warning, text)) for _, text in found] == [1, 0]
+    folder = tmp_path / "run" / "checkpoints"
+    scores = {path.name: json.loads((path / "manifest.json").read_text())["score"] for path in folder.glob("step_*")}
+    assert scores.pop("step_00000004") is None
+    assert len(scores) >= 3
+    assert all(0 < score <= 1 for score in scores.values())
+    steps = [json.loads(line).get("evaluation_step") for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps[4] is None, "the result of step 2 or 3 would be taken for that of step 4"
 
 
 def verify_file(group, folder, weights) -> dict[str, float]:

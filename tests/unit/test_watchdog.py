@@ -109,7 +109,7 @@ def test_a_process_of_this_node_is_looked_at_and_one_of_another_is_not():
 
 def test_the_deadline_of_what_lies_between_the_phases_is_that_of_a_step():
     deadlines = {phase: CONFIG.deadline(phase) for phase in ("start", "data", "head", "loop", "checkpoint", "end")}
-    assert deadlines == {"start": 1800, "data": 30, "head": 60, "loop": 60, "checkpoint": 1800, "end": 7200}
+    assert deadlines == {"start": 1800, "data": 30, "head": 60, "loop": 60, "checkpoint": 1800, "end": 1800}
     assert CONFIG.group_timeout.total_seconds() > max(deadlines.values())
 
 

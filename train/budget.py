@@ -12,7 +12,8 @@ from train.accelerators import ACCELERATORS, Accelerator
 from train.config import ConfigError, RunConfig
 from train.ds_config import load_ds_config
 from train.memory import RESERVE_BYTES, RESERVE_SHARE, Backbone, RankMemory, ZeroSettings, head_shape, stage_memory
-from train.speed import LINK_EFFICIENCY, MEMORY_EFFICIENCY, PRODUCT_EFFICIENCY, Speed, Traffic, stage_speed, step_traffic
+from train.run_plan import Plan
+from train.speed import LINK_EFFICIENCY, MEMORY_EFFICIENCY, PRODUCT_EFFICIENCY, Speed, Traffic, pass_seconds, stage_speed, step_traffic
 from train.table import table
 
 CARDS_GIB = (80, 40, 24)
@@ -38,10 +39,11 @@ class Budget:
 
     stages: tuple[StageBudget, ...]
     warnings: tuple[str, ...]
+    class_means_days: float | None  # before the first step; None where there are none, or no GPU was named
 
     @property
     def days(self) -> float:
-        return sum(stage.days for stage in self.stages)
+        return sum(stage.days for stage in self.stages) + (self.class_means_days or 0.0)
 
     def as_json(self) -> dict[str, Any]:
         """With the totals that the dataclasses work out."""
@@ -52,7 +54,7 @@ class Budget:
             speed = stage.speed and {**asdict(stage.speed), "step_s": stage.speed.step_s}
             traffic = {**asdict(stage.traffic), "total": stage.traffic.total}
             stages.append({"name": stage.name, "memory": memory, "bytes_sent": traffic, "speed": speed, "days": stage.days})
-        return {"stages": stages, "warnings": list(self.warnings)}
+        return {"stages": stages, "class_means_days": self.class_means_days, "warnings": list(self.warnings)}
 
 
 def plan_budget(
@@ -61,7 +63,7 @@ def plan_budget(
     precision: str,
     num_classes: int,
     world_size: int,
-    steps: Sequence[int],
+    plan: Plan,
     gpu: Accelerator | None,
     network: float,
 ) -> Budget:
@@ -69,7 +71,7 @@ def plan_budget(
 
     Args:
         config, precision: what ``load_ds_config`` returned.
-        steps: optimizer steps of each stage.
+        plan: of the same recipe and ranks.
         network: bytes/s between nodes for each GPU.
     """
     zero, backbone = ZeroSettings.of(config, precision), Backbone.of(cfg)
@@ -77,10 +79,13 @@ def plan_budget(
     for index, stage in enumerate(cfg.stages):
         head = head_shape(cfg, zero, num_classes, world_size, index)
         speed = gpu and stage_speed(cfg, backbone, zero, precision, head, gpu, network)
-        days = speed and steps[index] * speed.step_s / _DAY
+        days = speed and plan.stages[index].steps * speed.step_s / _DAY
         memory = stage_memory(cfg, backbone, zero, num_classes, world_size, index)
         stages.append(StageBudget(stage.name, memory, step_traffic(backbone, zero, head), speed, days))
-    return Budget(tuple(stages), tuple(_warnings(cfg, zero, precision, world_size, stages, gpu)))
+    means = None
+    if gpu and plan.class_means:
+        means = pass_seconds(cfg, zero, precision, math.ceil(plan.num_images / world_size), gpu) / _DAY
+    return Budget(tuple(stages), tuple(_warnings(cfg, zero, precision, world_size, stages, gpu)), means)
 
 
 def _warnings(
@@ -141,7 +146,10 @@ def describe_budget(budget: Budget, network: float) -> str:
                 )
             )
         lines += ["", f"Estimated, not measured, on {budget.stages[0].speed.gpu}:", "", *table(rows), ""]
-        lines.append(f"in all: {budget.days:.2f} days")
+        means = budget.class_means_days
+        lines.append(
+            f"in all: {budget.days:.2f} days" + ("" if means is None else f", of which {means * _DAY / 60:.1f} minutes for class means")
+        )
         lines.append(
             f"It rests on data sheets and assumptions: products at {PRODUCT_EFFICIENCY:.0%} of the rate, memory at "
             f"{MEMORY_EFFICIENCY:.0%} of the bandwidth,\nlinks at {LINK_EFFICIENCY:.0%}, {network / 1e9:g} GB/s between nodes for each GPU "

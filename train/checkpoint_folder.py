@@ -46,7 +46,7 @@ class Retention:
     """Which checkpoints stay when a new one is committed; the new one always does."""
 
     keep_last: int = 1
-    keep_every_steps: int | None = None  # those whose step is a multiple of it stay for ever
+    keep_every_steps: int | None = None  # those after as many steps, or a multiple of them, stay for ever
     keep_best: int = 0  # those with the highest score in their manifest
 
     def doomed(self, scores: dict[int, float | None]) -> list[int]:
@@ -54,7 +54,7 @@ class Retention:
         steps = sorted(scores)
         kept = set(steps[-self.keep_last :])
         if self.keep_every_steps:
-            kept |= {step for step in steps if step % self.keep_every_steps == 0}
+            kept |= {step for step in steps if step and step % self.keep_every_steps == 0}
         scored = [step for step in steps if scores[step] is not None]
         kept |= set(sorted(scored, key=lambda step: (scores[step], step))[len(scored) - min(self.keep_best, len(scored)) :])
         return [step for step in steps if step not in kept]

@@ -79,10 +79,9 @@ def _one_config(arguments: argparse.Namespace, cfg: RunConfig) -> None:
     compared = reference not in (None, plan.world_size)
     comparison = compare(cfg, num_images, plan.world_size, reference) if compared else None
     network = arguments.network * 1e9 / 8
-    steps = [stage.steps for stage in plan.stages]
     budget = None  # a recipe may say its images and not its classes, and the data may not be there yet
     if cfg.data.num_classes or not cfg.data.num_images or gpu or cfg.data.path.exists():
-        budget = plan_budget(cfg, config, deepspeed.precision, count_classes(cfg.data), arguments.world_size, steps, gpu, network)
+        budget = plan_budget(cfg, config, deepspeed.precision, count_classes(cfg.data), arguments.world_size, plan, gpu, network)
     numbers = budget and budget.as_json()
     said = {"zero_stage": deepspeed.zero_stage, "precision": deepspeed.precision, "model": cfg.model.name}
     _write_json(arguments.json, {**said, **asdict(plan), "comparison": comparison and asdict(comparison), "budget": numbers})

@@ -101,7 +101,14 @@ class Run:
         self.ranks.say(stage_line(stage, self.stages.start, self.stages.stop))
 
     def begin(self) -> None:
-        """What was done so far belongs to the start of the run, not to its first step."""
+        """What was done so far belongs to the start of the run, not to its first step; a pass over all images is saved at once.
+
+        Collectives: those of enter_stage, and of a save.
+        """
+        self.run_time.lap("start")
+        if self.saved_step is None and self.cfg.head.init_centers == "class_means":
+            with self.phase("checkpoint"):
+                self.save()
         self.enter_stage()
         self.run_time.lap("start")
         self.timer.restart()

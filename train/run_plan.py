@@ -51,6 +51,7 @@ class Plan:
     curves: tuple[CurvePlan, ...]
     total_steps: int  # optimizer steps
     total_images: int  # trained on in all these steps
+    class_means: bool  # one pass over all images comes before the first step
 
 
 def plan_run(cfg: RunConfig, num_images: int, world_size: int) -> Plan:
@@ -78,7 +79,8 @@ def plan_run(cfg: RunConfig, num_images: int, world_size: int) -> Plan:
     )
     curves = tuple(_plan_curve(key, curve, lr, [stages[index] for index in covered]) for key, curve, lr, covered in curves_in_use(cfg))
     total = sum(stage.steps * stage.images_per_step for stage in stages)
-    return Plan(world_size, num_images, planned, curves, sum(stage.steps for stage in stages), total)
+    means = cfg.head.init_centers == "class_means"
+    return Plan(world_size, num_images, planned, curves, sum(stage.steps for stage in stages), total, means)
 
 
 def curves_in_use(cfg: RunConfig) -> Iterator[tuple[str, ScheduleConfig, float, list[int]]]:
@@ -137,6 +139,10 @@ def describe(plan: Plan) -> str:
         lines.append(
             f"backbone: frozen in stage {', '.join(frozen)}, where the class centers alone learn; memory, traffic and speed are planned as "
             "if it were trained: an upper bound"
+        )
+    if plan.class_means:
+        lines.append(
+            f"before the first step: class means, one pass of the backbone forward over {plan.num_images:,} images, saved as step 0"
         )
     epochs = plan.total_images / plan.num_images
     lines.append(f"in all: {plan.total_steps:,} steps, {plan.total_images:,} images, {epochs:.4g} epochs of {plan.num_images:,} images")

@@ -22,6 +22,7 @@ PRODUCT_EFFICIENCY = 0.6  # of the data sheet, which large products on one GPU c
 MEMORY_EFFICIENCY = 0.8  # assumed
 LINK_EFFICIENCY = 0.8  # assumed
 ACTIVATION_PASSES = 5  # an activation is written, read by the next layer and by backward; its gradient is written and read; assumed
+EVALUATION_PASSES = 2  # of these written, and read by the next layer; assumed
 OPTIMIZER_PASSES = 28  # bytes a parameter that AdamW reads and writes: weight, gradient and two moments in float32
 GPUS_PER_NODE = 8  # assumed: fewer ranks talk over the links within a node
 
@@ -101,9 +102,7 @@ def stage_speed(
         network: bytes/s between nodes for each GPU; ranks of one node use the GPU's own links.
     Raises: ValueError if the GPU does not compute in that precision.
     """
-    operands = {"bf16": "bf16", "bf16_autocast": "bf16", "fp16": "fp16"}.get(precision, "fp32")
-    if operands not in gpu.flops:
-        raise ValueError(f"{gpu.name} has no {operands} tensor cores; use one of ds_configs/*_fp16.json")
+    operands = _operands(precision, gpu)
     preset, model = PRESETS[cfg.model.name], cfg.model
     options = {"mask_ratio": model.mask_ratio, "embedding_size": model.embedding_size}
     images = head.micro_batch_size * head.grad_accum_steps
@@ -129,6 +128,25 @@ def stage_speed(
     flops = counted + of_head
     rate = gpu.flops[operands]
     return Speed(gpu.name, flops, products, memory, total, total - hidden, images * head.world_size / step, flops / (step * rate))
+
+
+def pass_seconds(cfg: RunConfig, zero: ZeroSettings, precision: str, images: int, gpu: Accelerator) -> float:
+    """Of a rank's ``images`` through the backbone in evaluation, as for class means: all tokens, and nothing kept for backward.
+
+    Without what a rank sends, under ZeRO 3 a lower bound. Raises: ValueError as ``stage_speed``.
+    """
+    preset, size = PRESETS[cfg.model.name], cfg.model.embedding_size
+    products = images * backbone_forward_flops(preset, embedding_size=size) / gpu.flops[_operands(precision, gpu)]
+    passed = EVALUATION_PASSES * images * activations(preset, 1, weight_bytes=zero.weight_bytes, embedding_size=size).kept
+    return products / PRODUCT_EFFICIENCY + passed / (gpu.bandwidth * MEMORY_EFFICIENCY)
+
+
+def _operands(precision: str, gpu: Accelerator) -> str:
+    """Dtype of the backbone's products, from DeepSpeed's precision. Raises: ValueError if the GPU does not compute in it."""
+    operands = {"bf16": "bf16", "bf16_autocast": "bf16", "fp16": "fp16"}.get(precision, "fp32")
+    if operands not in gpu.flops:
+        raise ValueError(f"{gpu.name} has no {operands} tensor cores; use one of ds_configs/*_fp16.json")
+    return operands
 
 
 def _head_flops(head: HeadShape) -> int:

@@ -1,6 +1,8 @@
 """Class centers that begin as class means: against numpy in float64, on one to three ranks, and in a run of every ZeRO stage."""
 
+import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -161,3 +163,34 @@ def test_the_pass_draws_no_random_number_and_moves_no_statistic(shards, tmp_path
     assert all(torch.equal(buffer, second["buffers"][name]) for name, buffer in first["buffers"].items())
     assert first["loader"]["images"] == second["loader"]["images"]
     assert not torch.equal(first["head"]["weight"], second["head"]["weight"])
+
+
+def last_state(output, rank):
+    return torch.load(output / f"checkpoints/step_00000004/rank_{rank:05d}.pt", weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "ds_config"),
+    [(1, "zero2_bf16.json"), (2, "zero3_fp32.json"), pytest.param(2, "zero1_fp32.json", marks=pytest.mark.slow)],
+)
+def test_a_run_that_is_killed_after_the_pass_goes_on_from_it_bit_for_bit(world_size, ds_config, shards, tmp_path):
+    """Step 0 is saved; of it alone the rest follows, without another pass."""
+    stages = [{"name": "head", "steps": 2, "freeze_backbone": True}, {"name": "all", "steps": 2}]
+    changes = {"stages": stages, "checkpoint": {"every_steps": 4, "keep_last": 9}, "batch": {"micro_batch_size": 8 // world_size}}
+    outputs = [tmp_path / name for name in ("whole", "resumed")]
+    recipes = [write_recipe(tmp_path / f"{output.name}.yaml", shards, output, **changes) for output in outputs]
+    given, weights = given_weights(tmp_path)
+    run_ranks(world_size, train_on_rank, recipes[0], ds_config, ["head.init_centers=class_means", given])
+    start = "checkpoints/step_00000000"
+    shutil.copytree(outputs[0] / start, outputs[1] / start)
+    weights.unlink()  # neither the weights nor the pass are needed again
+    assert run_ranks(world_size, train_on_rank, recipes[1], ds_config, ["head.init_centers=class_means", given]) == [4] * world_size
+    manifest = json.loads((outputs[1] / start / "manifest.json").read_text())
+    assert (manifest["step"], manifest["score"], manifest["run"]["origin"]["file"]) == (0, None, str(weights))
+    names = ["backbone.safetensors", "backbone_ema.safetensors"]
+    files = [[(output / "checkpoints/step_00000004" / name).read_bytes() for name in names] for output in outputs]
+    assert files[0] == files[1]
+    for rank in range(world_size):
+        first, second = (last_state(output, rank) for output in outputs)
+        assert torch.equal(first["head"]["weight"], second["head"]["weight"])
+        assert torch.equal(first["random"]["torch"], second["random"]["torch"])

@@ -170,6 +170,12 @@ def test_retention_keeps_the_last_the_periodic_and_the_best(retention, kept, fol
     assert steps(folder) == kept
 
 
+def test_the_begin_of_a_run_is_no_period_of_it(folder):
+    for step in (0, 4, 8, 9):
+        commit(folder, step, retention=Retention(1, keep_every_steps=4))
+    assert steps(folder) == [4, 8, 9]
+
+
 def test_later_checkpoints_that_were_passed_over_do_not_count_and_stay(folder):
     for step in (1, 2, 9):
         commit(folder, step)

@@ -226,3 +226,6 @@ def test_a_plan_names_frozen_stages_and_needs_no_file_of_weights():
     plan = plan_run(cfg, 1000, 2)
     assert [stage.freeze_backbone for stage in plan.stages] == [True, False]
     assert "backbone: frozen in stage head, where the class centers alone learn" in describe(plan)
+    assert "class means, one pass of the backbone forward over 1,000 images" in describe(plan)
+    random = load_run_config(ROOT / "train/recipes/lfw_tiny_finetune.yaml", [*frozen, "head.init_centers=random"])
+    assert "class means" not in describe(plan_run(random, 1000, 2))

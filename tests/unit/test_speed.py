@@ -98,6 +98,22 @@ def test_the_command_says_memory_and_speed(tmp_path, capsys):
     assert "Estimated" not in capsys.readouterr().out
 
 
+def test_the_pass_for_class_means_takes_about_a_third_of_an_epoch_and_counts(tmp_path, capsys):
+    """Forward is a third of the products; nothing is recomputed, sent or stepped."""
+    numbers = {}
+    for name in ("random", "class_means"):
+        out = tmp_path / f"{name}.json"
+        assert plan(*ZERO_1, "--gpu", "h100", "--json", str(out), f"head.init_centers={name}", "model.init_from=w.safetensors") == 0
+        numbers[name] = json.loads(out.read_text())["budget"]
+    text = capsys.readouterr().out
+    assert numbers["random"]["class_means_days"] is None
+    days = numbers["class_means"]["class_means_days"]
+    assert f"of which {24 * 60 * days:.1f} minutes for class means" in text
+    stages, epochs = numbers["random"]["stages"], 100
+    epoch = sum(stage["days"] for stage in stages) / epochs
+    assert 0.15 * epoch < days < 0.45 * epoch
+
+
 def test_what_does_not_fit_is_a_warning(capsys):
     assert plan(*ZERO_1, "--gpu", "l4", "model.activation_checkpointing=false") == 0
     assert "warning: stage early does not fit: it needs" in capsys.readouterr().out

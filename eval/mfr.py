@@ -29,7 +29,7 @@ from eval.embed import embed
 from eval.embedder import Embedder
 from eval.images import FaceImages
 from eval.mfr_folder import RACES, MfrFolder, Section, face_images, labelled
-from eval.mfr_pairs import Comparison, Images, pairs_per_second, score_pairs, section_pairs
+from eval.mfr_pairs import Comparison, Images, TileSpeed, score_pairs, section_pairs
 from eval.mfr_state import ScoringState
 from eval.verification import TarAtFar
 
@@ -94,15 +94,15 @@ class Estimate:
     images: int
     pairs: int
     images_per_second: float  # measured
-    pairs_per_second: float  # measured
+    scoring_seconds: float  # from tiles that were measured
 
     @property
-    def seconds(self) -> float:
-        return self.images / self.images_per_second + self.pairs / self.pairs_per_second
+    def embedding_seconds(self) -> float:
+        return self.images / self.images_per_second
 
 
 def estimate(embedder: Embedder, parts: Sequence[Part], *, ranks: int = 1, device: torch.device | str = "cpu", **options: Any) -> Estimate:
-    """Embed a few batches and compare one tile of pairs, for some seconds. Arguments are those of ``embed_part`` and ``score_part``.
+    """Embed a few batches and compare tiles of pairs, for some seconds. Arguments are those of ``embed_part`` and ``score_part``.
 
     ``ranks``: processes that will share the embedding, each of which measures for itself now. One scores.
     """
@@ -111,11 +111,13 @@ def estimate(embedder: Embedder, parts: Sequence[Part], *, ranks: int = 1, devic
     embed(embedder, FaceImages(images.names[: embedder.batch_size], images.read), mirror=False, **options)  # starts what starts once
     begin = time.perf_counter()
     rows = embed(embedder, FaceImages(images.names[:few], images.read), mirror=False, **options)
+    images_per_second = ranks * few / (time.perf_counter() - begin)
+    speed = TileSpeed.measure(rows.shape[-1], device)
     return Estimate(
         images=sum(len(part.images.labels) for part in parts),
         pairs=sum(part.num_pairs for part in parts),
-        images_per_second=ranks * few / (time.perf_counter() - begin),
-        pairs_per_second=pairs_per_second(rows.shape[-1], device),
+        images_per_second=images_per_second,
+        scoring_seconds=sum(speed.seconds(part.images, part.comparisons) for part in parts),
     )
 
 

@@ -193,7 +193,7 @@ class _Products:
         torch.mm(first, second.T, out=scores)
         diagonal = rows.start == columns.start
         row_labels, column_labels = self._labels[rows], self._labels[columns]
-        if row_labels[0] <= column_labels[-1] and column_labels[0] <= row_labels[-1]:  # some pair may be genuine
+        if _may_be_genuine(row_labels, column_labels):
             genuine = self._device_labels[rows][:, None] == self._device_labels[columns]
             no_impostor = genuine
             if diagonal:
@@ -264,25 +264,50 @@ def score_pairs(
     return {tally.comparison.name: tally.result() for tally in tallies}
 
 
-def pairs_per_second(embedding_size: int, device: torch.device | str = "cpu", seconds: float = 2.0) -> float:
-    """How many pairs a second ``score_pairs`` compares: measured on tiles of noise, in as many seconds, with a FAR of 1e-6."""
-    device = torch.device(device)
-    tile_size = TILE_SIZES[device.type]
-    size = (1 + _TIMED_TILES) * tile_size
-    images = Images(np.arange(size) // 2, (tile_size, size - tile_size))  # persons of two: none is in both sections
-    noise = np.random.default_rng(0).standard_normal((size, embedding_size), dtype=np.float32)
-    tally = _Tally(images, Comparison("noise", ((0, 0), (0, 1)), 1e-6), None, device)
-    products = _Products(noise, images.labels, tile_size, device)
-    rows, columns = slice(0, tile_size), [slice(start, start + tile_size) for start in range(tile_size, size, tile_size)]
-    with full_float32(device):
-        for tile in columns:  # raises the cut-off to where it stays
-            products.share_out(rows, tile, [tally])
-        start, pairs = time.perf_counter(), 0
-        for tile in itertools.cycle(columns):
-            pairs += products.share_out(rows, tile, [tally])
-            taken = time.perf_counter() - start
-            if taken >= seconds:
-                return pairs / taken
+@dataclass(frozen=True)
+class TileSpeed:
+    """Products a second that ``score_pairs`` makes and looks at."""
+
+    tile_size: int
+    impostors: float  # in tiles that hold no genuine pair
+    mixed: float  # in the others, most of which lie on the diagonal, where half of the products is no pair
+
+    @classmethod
+    def measure(cls, embedding_size: int, device: torch.device | str = "cpu", seconds: float = 2.0) -> "TileSpeed":
+        """On tiles of noise, with a FAR of 1e-6, for as many seconds a kind."""
+        device = torch.device(device)
+        tile_size = TILE_SIZES[device.type]
+        size = (1 + _TIMED_TILES) * tile_size
+        images = Images(np.arange(size) // 2, (tile_size, size - tile_size))  # persons of two: none is in both sections
+        noise = np.random.default_rng(0).standard_normal((size, embedding_size), dtype=np.float32)
+        tally = _Tally(images, Comparison("noise", ((0, 0), (0, 1)), 1e-6), None, device)
+        products = _Products(noise, images.labels, tile_size, device)
+        first, *others = (slice(start, start + tile_size) for start in range(0, size, tile_size))
+
+        def rate(tiles: Sequence[tuple[slice, slice]], seconds: float) -> float:
+            start, made = time.perf_counter(), 0
+            for rows, columns in itertools.cycle(tiles):
+                products.share_out(rows, columns, [tally])
+                made += tile_size * tile_size
+                taken = time.perf_counter() - start
+                if taken >= seconds:
+                    return made / taken
+
+        with full_float32(device):
+            beside = [(first, tile) for tile in others]
+            rate(beside, seconds / 4)  # raises the cut-off to where it stays
+            return cls(tile_size, rate(beside, seconds), rate([(tile, tile) for tile in others], seconds))
+
+    def seconds(self, images: Images, comparisons: Sequence[Comparison]) -> float:
+        """That ``score_pairs`` would take."""
+        labels = images.labels[images.sorted_by_person()]
+        total = 0.0
+        for pair in section_pairs(comparisons):
+            for strip in _strips(pair, images, self.tile_size):
+                for rows, columns in strip.tiles(self.tile_size):
+                    speed = self.mixed if _may_be_genuine(labels[rows], labels[columns]) else self.impostors
+                    total += (rows.stop - rows.start) * (columns.stop - columns.start) / speed
+        return total
 
 
 @contextmanager
@@ -315,6 +340,11 @@ def _strips(section_pair: tuple[int, int], images: Images, tile_size: int) -> It
     for first in range(start, stop, tile_size):
         rows = (first, min(first + tile_size, stop))
         yield _Strip(section_pair, rows, (first, stop) if section_pair[0] == section_pair[1] else columns)
+
+
+def _may_be_genuine(row_labels: np.ndarray, column_labels: np.ndarray) -> bool:
+    """Whether any pair of a tile may be: both ascend."""
+    return bool(row_labels[0] <= column_labels[-1] and column_labels[0] <= row_labels[-1])
 
 
 def _num_pairs(height: int, width: int, diagonal: bool) -> int:

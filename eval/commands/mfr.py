@@ -113,9 +113,10 @@ def _print(name: str, result: mfr.SetResult) -> None:
 
 
 def _print_estimate(found: mfr.Estimate) -> None:
-    print(f"{found.images:,} images at {found.images_per_second:,.1f}/s measured: {_duration(found.images / found.images_per_second)}")
-    print(f"{found.pairs:,} pairs at {found.pairs_per_second:,.0f}/s measured: {_duration(found.pairs / found.pairs_per_second)}")
-    print(f"in all {_duration(found.seconds)}")
+    pairs_per_second = found.pairs / found.scoring_seconds
+    print(f"{found.images:,} images at {found.images_per_second:,.1f}/s measured: {_duration(found.embedding_seconds)}")
+    print(f"{found.pairs:,} pairs at {pairs_per_second:,.0f}/s measured: {_duration(found.scoring_seconds)}")
+    print(f"in all {_duration(found.embedding_seconds + found.scoring_seconds)}")
 
 
 def _duration(seconds: float) -> str:

@@ -1,7 +1,7 @@
 """What exact TAR at a FAR of 1e-6 among all pairs costs: ``score_pairs`` against bare products of the same tiles, and against its estimate.
 
 ``python -m tests.bench.bench_mfr``. Makes unit vectors around random persons (100,000 images of 10,000 persons, half of them hard to tell),
-says what ``pairs_per_second`` lets expect, scores all pairs, multiplies the same tiles again without looking at them, and checks
+says what ``TileSpeed`` lets expect, scores all pairs, multiplies the same tiles again without looking at them, and checks
 the result by another method: numpy's own products in strips, all impostors above a cut-off sorted in full.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from eval.commands.shared import Progress
-from eval.mfr_pairs import TILE_SIZES, Comparison, Images, pairs_per_second, score_pairs
+from eval.mfr_pairs import TILE_SIZES, Comparison, Images, TileSpeed, score_pairs
 from eval.verification import TarAtFar
 
 
@@ -39,7 +39,7 @@ def main() -> int:
         f"{arguments.device}, {arguments.threads} threads, float32, {len(labels):,} images, D={embeddings.shape[1]}, tiles of {tile_size}"
     )
 
-    expected = pairs / pairs_per_second(arguments.embedding_size, arguments.device)
+    expected = TileSpeed.measure(arguments.embedding_size, arguments.device).seconds(images, [comparison])
     start, start_cpu = time.perf_counter(), time.process_time()
     result = score_pairs(embeddings, images, [comparison], device=arguments.device, progress=Progress("pairs"))["all"]
     taken, taken_cpu = time.perf_counter() - start, time.process_time() - start_cpu

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from eval.errors import EvalError
-from eval.mfr_pairs import Comparison, Images, Tail, full_float32, pairs_per_second, score_pairs
+from eval.mfr_pairs import Comparison, Images, Tail, TileSpeed, full_float32, score_pairs
 from eval.mfr_state import ScoringState
 from eval.verification import TarAtFar, most_false_accepts, tar_at_far
 
@@ -266,7 +266,21 @@ def test_damaged_progress_is_refused_by_name(tmp_path, damage):
         score_pairs(embeddings, images, comparisons, tile_size=20, state=ScoringState(path))
 
 
-def test_the_measured_rate_is_of_work_that_was_done():
+def test_the_measured_rates_are_of_work_that_was_done():
     begin = time.perf_counter()
-    rate = pairs_per_second(16, seconds=0.2)
-    assert rate * (time.perf_counter() - begin) > 2048 * 2048  # at least the tile that it makes
+    speed = TileSpeed.measure(16, seconds=0.1)
+    taken = time.perf_counter() - begin
+    assert min(speed.impostors, speed.mixed) * taken > 2048 * 2048  # at least the tile that each makes
+
+
+def test_an_estimate_counts_whole_tiles_and_those_with_genuine_pairs_apart():
+    """Sections of 5 and 3 images in tiles of 2: pairs of rows and columns that are multiplied, by hand."""
+    images = Images(np.array([0, 0, 1, 1, 2, 0, 7, 7]), (5, 3))
+    speed = TileSpeed(2, impostors=1.0, mixed=0.25)
+    within = [Comparison("within", ((0, 0),), 0.5)]
+    # On the diagonal 2x2, 2x2 and 1x1, which may be genuine; above it (0 0|1 1), (0 0|2), (1 1|2), which are not.
+    assert speed.seconds(images, within) == (4 + 4 + 1) / 0.25 + (4 + 2 + 2)
+    # Person 0 is in both sections, 7 in the second alone: of (0 0|1 1|2) x (0 7|7) all that begin at 0 overlap with (0 7).
+    across = [Comparison("across", ((0, 1),), 0.5)]
+    assert speed.seconds(images, across) == (4 + 4 + 2) / 0.25 + (2 + 2 + 1)
+    assert speed.seconds(images, within + across) == speed.seconds(images, within) + speed.seconds(images, across)

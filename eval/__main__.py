@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
         else:
             args.run(args)
     except (EvalError, DataError, RankError, OSError) as error:
-        if args.ranks.is_first or not isinstance(error, RankError | EvalError):  # these two are raised alike on every rank
+        if args.ranks.is_first or not isinstance(error, RankError):  # which is raised alike on every rank
             print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -36,9 +36,16 @@ def main(argv: list[str]) -> int:
 
 def _run_on_ranks(args: argparse.Namespace) -> None:
     if not args.on_ranks:
-        raise EvalError(f"{args.command} is work for one process; start it without a launcher")
+        raise RankError(f"{args.command} is work for one process; start it without a launcher")
     with process_group(args.ranks, _PATIENCE) as args.ranks:
-        args.run(args)
+        problem = None
+        try:
+            args.run(args)
+        except (EvalError, RankError) as error:  # of all ranks alike, or of the first, which does what follows the last gather alone
+            problem = str(error)
+        problems = [text for text in args.ranks.gather(problem) if text is not None]
+    if problems:  # only now: ranks that do not leave the group in order abort
+        raise RankError(problems[0])
 
 
 def _join_input_range(argv: list[str]) -> list[str]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import torch.distributed as dist
@@ -25,6 +26,11 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 def on_ranks(words) -> subprocess.CompletedProcess:
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     return subprocess.run([*TORCHRUN, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def exit_codes(stderr: str) -> set[str]:
+    """In torchrun's summary; where torchrun was first to stop the others, -15."""
+    return set(re.findall(r"exitcode  : (-?\d+)", stderr))
 
 
 def numbers(path) -> dict:
@@ -50,10 +56,35 @@ def test_what_is_wrong_is_said_once_and_every_rank_fails(arguments, tmp_path):  
     assert done.returncode != 0
     assert done.stderr.count("error: ") == 1
     assert "P3_0002.png: not a readable image" in done.stderr
-    codes = set(re.findall(r"exitcode  : (-?\d+)", done.stderr))  # in torchrun's summary, which may have been first to stop the others
-    assert "2" in codes <= {"2", "-15"}
+    assert "2" in exit_codes(done.stderr) <= {"2", "-15"}
     done = on_ranks(["pack", *arguments[3:], f"{tmp_path}/p.pairs.safetensors"])
     assert done.stderr.count("error: pack is work for one process; start it without a launcher") == 1
+
+
+def write_antisymmetric(path):
+    """An ONNX graph whose embedding of a mirror image is the opposite of its image's."""
+    nodes = [
+        onnx.helper.make_node("Slice", ["pixels", "zero", "one", "columns"], ["left"]),
+        onnx.helper.make_node("Slice", ["pixels", "minus_one", "all", "columns"], ["right"]),
+        onnx.helper.make_node("Sub", ["left", "right"], ["difference"]),
+        onnx.helper.make_node("Flatten", ["difference"], ["embedding"]),
+    ]
+    numbers = {"zero": 0, "one": 1, "minus_one": -1, "all": 10**6, "columns": 3}
+    constants = [onnx.numpy_helper.from_array(np.array([value]), name) for name, value in numbers.items()]
+    pixels = onnx.helper.make_tensor_value_info("pixels", onnx.TensorProto.FLOAT, ["b", 3, 112, 112])
+    embedding = onnx.helper.make_tensor_value_info("embedding", onnx.TensorProto.FLOAT, ["b", 336])
+    graph = onnx.helper.make_graph(nodes, "antisymmetric", [pixels], [embedding], constants)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 14)], ir_version=8), path)
+
+
+def test_what_the_first_rank_alone_finds_out_after_the_last_gather_ends_all(arguments, tmp_path):  # noqa: F811
+    write_antisymmetric(tmp_path / "m.onnx")
+    done = on_ranks(["pairs", "--model", f"{tmp_path}/m.onnx", *arguments[3:]])
+    assert done.returncode != 0
+    (line,) = re.findall("^error: .*", done.stderr, re.MULTILINE)
+    assert "its embedding and its mirror's add up to zero" in line
+    assert "2" in exit_codes(done.stderr) <= {"2", "-15"}
+    assert "Traceback" not in done.stderr.partition(line)[0]
 
 
 def run_mfr(group: dist.ProcessGroup | None, words: list[str]) -> None:

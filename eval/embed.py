@@ -30,7 +30,7 @@ def embed(
     group: dist.ProcessGroup | None = None,
     decoder: str = "pillow",
     cache: EmbeddingCache | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[str], Progress] | None = None,
 ) -> np.ndarray | None:
     """Embed every image once.
 
@@ -43,7 +43,8 @@ def embed(
         group: ranks that share the work; None is this process alone.
         decoder: one of ``eval.decoding.DECODERS``.
         cache: where embeddings are looked up and kept; the first rank's counts.
-        progress: called as (images done, images in all) after each batch, on every rank equally often.
+        progress: makes what is called as (done, in all) after each batch, from the plural of what is counted. While images are embedded
+            every rank calls it equally often.
     Returns: on the first rank [n, 2, D] float32, each image and its mirror, or [n, 1, D] without mirrors, not normalised; from a cache it
         is read-only and lies on the disk. None on the others.
     Raises: EvalError on every rank that names the image when it is unreadable, of another size, or its embedding is zero or not finite.
@@ -52,11 +53,11 @@ def embed(
     ranks = _Ranks.of(group)
 
     def fill(allocate: Callable[[tuple[int, ...]], np.ndarray]) -> np.ndarray | None:
-        return _embed(embedder, images, mirror, ranks, decoder, allocate, progress)
+        return _embed(embedder, images, mirror, ranks, decoder, allocate, progress and progress("images"))
 
     if cache is None:
         return fill(lambda shape: np.empty(shape, np.float32))
-    about = description(embedder.digest, _digests(images, ranks), mirror, decoder)
+    about = description(embedder.digest, _digests(images, ranks, progress and progress("images hashed")), mirror, decoder)
     found = ranks.from_first(lambda: cache.read(about) is not None)
     cache.hit = bool(found)
     if not found and ranks.rank == 0:
@@ -143,7 +144,7 @@ def _chunks(total: int, batch_size: int, world_size: int) -> Iterator[_Chunk]:
         yield _Chunk(start, min(start + size, total), batch_size, world_size)
 
 
-def _digests(images: FaceImages, ranks: _Ranks) -> list[bytes]:
+def _digests(images: FaceImages, ranks: _Ranks, progress: Progress | None) -> list[bytes]:
     """Of every image, in order, on every rank; each rank hashes its share."""
     mine, problem = [], None
     share = range(ranks.rank, len(images), ranks.world_size)
@@ -154,6 +155,8 @@ def _digests(images: FaceImages, ranks: _Ranks) -> list[bytes]:
                 problem = str(batch)
                 break
             mine += batch
+            if progress:
+                progress(len(mine), len(share))
     ranks.raise_any(problem)
     shares = ranks.gather(mine)
     return [shares[image % ranks.world_size][image // ranks.world_size] for image in range(len(images))]

@@ -93,7 +93,7 @@ class PairVerification:
         """Returns whether it came to its end. Raises RankError on every rank, if an image cannot be embedded."""
         from eval.pairs import evaluate_pairs
 
-        options = {"group": self._ranks.group, "progress": lambda done, total: self._alive()}
+        options = {"group": self._ranks.group, "progress": lambda counted: lambda done, total: self._alive()}
         reports = {}
         for name, pairs in self.sets.items():
             problem = None

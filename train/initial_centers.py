@@ -13,7 +13,7 @@ from model.partial_fc import PartialFC
 from train.backbone import FrozenBackbone
 from train.config import RunConfig
 from train.dist import RankError, Ranks
-from train.report import format_seconds
+from train.table import format_seconds
 
 _SAY_EVERY_S = 10.0
 

@@ -18,8 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from train.metric_table import StepRecord
-from train.report import format_seconds, progress_line
+from train.report import progress_line
 from train.run_log import LogEntry
+from train.table import format_seconds
 from train.terminal import ReservedRows
 
 _PART_STYLES = {

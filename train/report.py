@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from data_pipeline.output import replace_file
 from train.metrics import LOG, TARGETS, targets, url
 from train.redact import redact
+from train.table import format_seconds
 
 if TYPE_CHECKING:
     from train.ds_config import DeepSpeedSummary
@@ -78,13 +79,6 @@ def progress_line(record: StepRecord, total_steps: int) -> str:
         f"ETA {format_seconds(record.remaining_seconds)}",
     ]
     return "  ".join(part for part in parts if part)
-
-
-def format_seconds(seconds: float) -> str:
-    """``m:ss`` or ``h:mm:ss``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def write_summary(run: Run, pairs: Reports, pairs_ema: Reports) -> None:

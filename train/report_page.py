@@ -13,9 +13,9 @@ from pathlib import Path
 from data_pipeline.output import replace_file
 from eval.pictures import DARK, LIGHT, embedded, page
 from train.redact import redact
-from train.report import format_seconds
 from train.report_curves import curves, picture, smoothing
 from train.run_log import RunLog, read_run
+from train.table import format_seconds
 
 PAGE, CURVES = "report.html", "curves"
 _ERROR = 2

@@ -30,7 +30,7 @@ from train.checkpoint_folder import (
     read_manifest,
 )
 from train.rank_files import RankFiles, file_name
-from train.report import format_seconds
+from train.table import format_seconds
 
 _ERROR = 2
 _COPY_BYTES = 2**22  # at a time

@@ -26,8 +26,8 @@ from train.dist import import_deepspeed, read_ranks
 from train.document import read_recipe
 from train.lock import OutputLock
 from train.redact import redact
-from train.report import format_seconds
 from train.stop import STOPPED
+from train.table import format_seconds
 from train.tune_process import FAILED, OUT_OF_MEMORY, REFUSED, SKIPPED, Outcome, run_trial
 from train.tune_report import BEST_CONFIG, BEST_TEXT, counts, measured_text, table, write_best
 from train.tune_results import Results

@@ -12,6 +12,7 @@ from eval import mfr, mfr_folder, mfr_package
 from eval.commands.shared import Progress, about_model, add_embedding, add_model, check_outputs, embed_options, open_model
 from eval.errors import EvalError
 from eval.mfr_state import ScoringState
+from train.table import format_seconds
 
 DESCRIPTION = (
     "MFR-Ongoing, whose server is offline and whose images were never public: run its protocol on your own sets, or check whether a "
@@ -114,14 +115,9 @@ def _print(name: str, result: mfr.SetResult) -> None:
 
 def _print_estimate(found: mfr.Estimate) -> None:
     pairs_per_second = found.pairs / found.scoring_seconds
-    print(f"{found.images:,} images at {found.images_per_second:,.1f}/s measured: {_duration(found.embedding_seconds)}")
-    print(f"{found.pairs:,} pairs at {pairs_per_second:,.0f}/s measured: {_duration(found.scoring_seconds)}")
-    print(f"in all {_duration(found.embedding_seconds + found.scoring_seconds)}")
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s" if rest >= 60 else f"{seconds:.1f} s"
+    print(f"{found.images:,} images at {found.images_per_second:,.1f}/s measured: {format_seconds(found.embedding_seconds)}")
+    print(f"{found.pairs:,} pairs at {pairs_per_second:,.0f}/s measured: {format_seconds(found.scoring_seconds)}")
+    print(f"in all {format_seconds(found.embedding_seconds + found.scoring_seconds)}")
 
 
 def _check_package(path: Path) -> None:

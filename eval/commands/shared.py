@@ -15,6 +15,7 @@ from eval.pair_pack import open_pack
 from eval.pair_set import PairSet
 from eval.pairs_file import find_pairs
 from eval.weights import KINDS
+from train.table import format_seconds
 
 
 def add_model(command: argparse.ArgumentParser) -> None:
@@ -50,7 +51,7 @@ def add_embedding(command: argparse.ArgumentParser, *, aligned: bool = True) -> 
 def embed_options(args: argparse.Namespace) -> dict[str, Any]:
     """What the command line says of ``eval.embed.embed``."""
     cache = EmbeddingCache(args.cache) if args.cache else None
-    progress = Progress() if args.ranks.is_first else None
+    progress = Progress if args.ranks.is_first else None
     return {"group": args.ranks.group, "decoder": args.decoder, "cache": cache, "progress": progress}
 
 
@@ -128,7 +129,7 @@ def _check_writable(folder: Path, output: Path) -> None:
 
 
 class Progress:
-    """One line on stderr, rewritten at most once a second on a terminal, and written every 30 s elsewhere: done, rate, time left.
+    """One line on stderr, rewritten at most once a second on a terminal, and written every 30 s elsewhere: done, rate, ETA.
 
     Args:
         unit: of what is counted, in the plural.
@@ -145,5 +146,5 @@ class Progress:
             return
         self._last = now
         rate = done / max(now - self._start, 1e-9)
-        line = f"{done}/{total} {self._unit}, {rate:.0f}/s, {(total - done) / rate:.0f} s left"
+        line = f"{done}/{total} {self._unit}, {rate:.0f}/s, ETA {format_seconds((total - done) / rate)}"
         print(f"\r{line:<60}" if self._tty else line, end="\n" if done == total or not self._tty else "", file=sys.stderr, flush=True)

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tests.training import ROOT, free_port
-from train.report import format_seconds
+from train.table import format_seconds
 
 TRUNK = "pco"
 RECIPES = {"plain": "lfw_tiny_plain", TRUNK: "lfw_tiny", "early": "lfw_tiny_early", "epl": "lfw_tiny_epl", "replace": "lfw_tiny_replace"}

@@ -94,8 +94,16 @@ def test_an_image_that_cannot_be_embedded_is_named(files, decoder, damage, messa
 
 def test_progress_counts_every_image_once(files):
     progress: list[tuple[int, int]] = []
-    embed(corners(), of(files), mirror=True, progress=lambda *done: progress.append(done))
+    embed(corners(), of(files), mirror=True, progress=lambda counted: lambda *done: progress.append(done))
     assert progress == [(4, 11), (8, 11), (11, 11)]
+
+
+def test_progress_says_what_it_counts_with_a_cache_hashed_images_too(files, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.embed.HASHED", 5)
+    progress: list[tuple] = []
+    options = {"cache": EmbeddingCache(tmp_path / "cache"), "progress": lambda counted: lambda *done: progress.append((counted, *done))}
+    embed(load_embedder(model), of(files), mirror=True, **options)
+    assert progress == [*(("images hashed", done, 11) for done in (5, 10, 11)), ("images", 11, 11)]
 
 
 # --- the cache

@@ -270,7 +270,7 @@ def people(tmp_path):
 
 def test_images_are_embedded_once_with_their_mirror_and_pairs_scored_by_cosine(people):
     calls, progress = [], []
-    report = evaluate_pairs(corner_embedder(calls=calls), find_pairs(*people), progress=lambda done, total: progress.append((done, total)))
+    report = evaluate_pairs(corner_embedder(calls=calls), find_pairs(*people), progress=lambda counted: lambda *done: progress.append(done))
     assert sum(calls) == 2 * 8
     assert progress == [(3, 8), (6, 8), (8, 8)]
     assert (report.num_pairs, report.num_images, report.embedding_size) == (8, 8, 3)

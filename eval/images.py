@@ -32,7 +32,7 @@ class FaceImages:
         """The face of an image by its number: uint8 [112, 112, 3] RGB, cut out by its landmarks where there are some.
 
         Raises: EvalError that begins with the name when the file can't be decoded, is no aligned face without landmarks, or larger than
-            MAX_PIXELS or MAX_SIDE with them, or has more than 8 bits per channel.
+            MAX_PIXELS or MAX_SIDE with them, or is grey with more than 8 bits. Of 16 bits a colour the upper 8 count.
         """
         data, name = self.read(image), self.names[image]
         if self.landmarks is None:
@@ -55,7 +55,8 @@ def read_image(path: str | Path) -> bytes:
 def decode_image(data: bytes, name: str) -> np.ndarray:
     """Decode a JPEG or PNG file: uint8 [112, 112, 3] RGB.
 
-    Raises: EvalError that begins with ``name`` when it can't be decoded, has another size, or more than 8 bits per channel.
+    Raises: EvalError that begins with ``name`` when it can't be decoded, has another size, or is grey with more than 8 bits. Of 16 bits a
+        colour the upper 8 count.
     """
     with _opened(data, name, _check_aligned) as image:
         return np.asarray(image.convert("RGB"))

@@ -27,6 +27,8 @@ def paper_table(entries: Sequence[Entry], *, markdown: bool = False) -> str:
         rows += _rows_of_model(own)
     notes = [f"Published: {'; '.join(dict.fromkeys(row.source for row in PUBLISHED))}.", *_notes(entries)]
     style = "github" if markdown else "simple"
+    if markdown:
+        rows = [[cell.replace("|", r"\|") for cell in row] for row in rows]  # of a label
     table = tabulate(rows, ["model", "IJB reading", *COLUMNS.values()], tablefmt=style, disable_numparse=True, preserve_whitespace=True)
     return "\n".join([table, "", *(f"{note}{'  ' if markdown else ''}" for note in notes)])
 

@@ -67,3 +67,12 @@ def test_two_results_for_the_same_cells_are_refused(table):
     assert code == 2
     assert "j.json: both give IJB-C of a.onnx; give one of them" in error
     assert error.count("\n") == 1
+
+
+def test_a_bar_in_a_label_is_no_column(tmp_path, capsys):
+    path = tmp_path / "m.json"
+    path.write_text(json.dumps(mfr_result(model="a|b.onnx")))
+    assert main(["table", "--markdown", str(path)]) == 0
+    assert r"| a\|b.onnx " in capsys.readouterr().out
+    assert main(["table", str(path)]) == 0
+    assert "a|b.onnx " in capsys.readouterr().out

@@ -177,7 +177,8 @@ class Run:
         if self.tensorboard:
             self.tensorboard.record(self.step, self.metrics.collect())
         self.window = Window()
-        self.guard.after_window(record.loss, record.epoch - self.stages.warmup_epochs)
+        if self.origin is None:  # of a backbone that knew faces the loss need not fall much
+            self.guard.after_window(record.loss, record.epoch - self.stages.warmup_epochs)
 
     def evaluation_due(self) -> bool:
         if self.verification is None or (self.step == self.stages.total_steps and not self.cfg.eval.every_checkpoint):

@@ -76,6 +76,13 @@ def test_a_run_goes_on_without_the_file_and_says_where_it_began(shards, weights,
     assert losses(tmp_path / "run") == expected
 
 
+def test_a_loss_that_stays_is_told_of_a_random_backbone_alone(shards, weights, tmp_path):
+    for override, told in (("model.init_from=null", True), (f"model.init_from={weights}", False)):
+        recipe = write_recipe(tmp_path / f"{told}.yaml", shards, tmp_path / f"{told}", optimizer={"lr": 1e-12})
+        (said,) = run_ranks(1, go_on, recipe, override)
+        assert ("the loss has stalled" in said) == told
+
+
 def make_older(manifest):
     """As before there were model.init_from, head.init_centers, stages.N.freeze_backbone."""
     about = json.loads(manifest.read_text())

@@ -29,7 +29,8 @@ def main(argv: list[str]) -> int:
             print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted; no result was written", file=sys.stderr)
+        if args.ranks.is_first:
+            print("\ninterrupted; no file is half written", file=sys.stderr)
         return 130
     return 0
 
@@ -41,7 +42,8 @@ def _run_on_ranks(args: argparse.Namespace) -> None:
         problem = None
         try:
             args.run(args)
-        except (EvalError, RankError) as error:  # of all ranks alike, or of the first, which does what follows the last gather alone
+        # Of all ranks alike, or of the first, which does what follows the last gather alone.
+        except (EvalError, DataError, RankError, OSError) as error:
             problem = str(error)
         problems = [text for text in args.ranks.gather(problem) if text is not None]
     if problems:  # only now: ranks that do not leave the group in order abort

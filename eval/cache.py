@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from data_pipeline.output import replace_file
 from eval.errors import EvalError
 from eval.images import FaceImages
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class EmbeddingCache:
@@ -22,59 +21,70 @@ class EmbeddingCache:
 
     The key is a hash of all that decides the numbers, up to the rounding of another device or batch size: the model's file and input
     range, every image's bytes and landmarks, what decodes them (DALI on a GPU rounds otherwise than Pillow), and whether mirrors are
-    embedded. An entry is there when its JSON is: a kill leaves at most a ``.new`` file, which is safe to delete.
+    embedded. An entry is there when its JSON is, which holds the array's SHA-256: a kill leaves at most a ``.new`` file, which is safe to
+    delete.
     """
 
     def __init__(self, folder: Path) -> None:
-        """``hit``: whether the last embeddings that were asked for were there; known on the first rank."""
+        """``hit``: whether the last embeddings that were asked for were there."""
         self._folder = folder
         self.hit = False
 
-    def read(self, about: dict) -> np.ndarray | None:
-        """The embeddings, mapped from the disk and read-only; None if there are none. Raises EvalError for a damaged entry."""
-        array, description = self._paths(about)
-        if not description.is_file():
-            return None
+    def entry(self, about: dict) -> CacheEntry:
+        """Look an entry up; the folder is made. Raises: EvalError for a damaged entry, OSError."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+        return CacheEntry(self._folder / f"{key}.npy", about)
+
+
+class CacheEntry:
+    """Embeddings of ``about``, which are at ``array``, or are to be filled into what ``allocate`` returns and committed."""
+
+    def __init__(self, array: Path, about: dict) -> None:
+        """``rows``: the embeddings, mapped from the disk and read-only; None as long as there are none."""
+        self._array, self._description, self._about = array, array.with_suffix(".json"), about
+        self._fresh = array.with_name(f".{array.name}.new-{os.getpid()}")
+        self.rows: np.ndarray | None = self._read() if self._description.is_file() else None
+
+    def _read(self) -> np.ndarray:
         try:
-            found = json.loads(description.read_text(encoding="utf-8"))
-            rows = np.lib.format.open_memmap(array, mode="r")
+            found = json.loads(self._description.read_text(encoding="utf-8"))
+            rows = np.lib.format.open_memmap(self._array, mode="r")
+            digest = _digest(self._array)
         except (OSError, ValueError, EOFError) as error:
-            raise EvalError(f"{array}: a damaged entry of the cache ({error}); delete it and {description.name}") from error
-        fits = isinstance(found, dict) and {key: found.get(key) for key in about} == about
-        if not fits or list(rows.shape) != found.get("shape") or rows.dtype != np.float32:
-            raise EvalError(f"{array}: is not what {description.name} says; delete both")
+            raise EvalError(f"{self._array}: a damaged entry of the cache ({error}); delete it and {self._description.name}") from error
+        if found != {**self._about, "shape": list(rows.shape), "sha256": digest} or rows.dtype != np.float32:
+            raise EvalError(f"{self._array}: is not what {self._description.name} says; delete both")
         return rows
 
-    def write(self, about: dict, fill: Callable[[Callable[[tuple[int, ...]], np.ndarray]], None]) -> None:
-        """Make the entry: ``fill`` is given a function from the shape to the array to fill, which lies on the disk."""
-        array, description = self._paths(about)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        fresh = array.with_name(f".{array.name}.new-{os.getpid()}")
-        shapes: list[list[int]] = []
-
-        def allocate(shape: tuple[int, ...]) -> np.ndarray:
-            shapes.append(list(shape))
-            rows = np.lib.format.open_memmap(fresh, mode="w+", dtype=np.float32, shape=shape)
-            try:
-                with fresh.open("rb+") as file:  # a disk that is full kills who writes to a mapped file with holes
-                    os.posix_fallocate(file.fileno(), 0, fresh.stat().st_size)
-            except OSError as error:
-                error.filename = os.fspath(fresh)
-                raise
-            return rows
-
+    def allocate(self, shape: tuple[int, ...]) -> np.ndarray:
+        """An array on the disk, to be filled. Raises: OSError that names the file."""
+        rows = np.lib.format.open_memmap(self._fresh, mode="w+", dtype=np.float32, shape=shape)
         try:
-            fill(allocate)
-            with fresh.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(fresh, array)
-        finally:
-            fresh.unlink(missing_ok=True)
-        replace_file(description, json.dumps({**about, "shape": shapes[0]}, indent=2) + "\n")
+            with self._fresh.open("rb+") as file:  # a disk that is full kills who writes to a mapped file with holes
+                os.posix_fallocate(file.fileno(), 0, self._fresh.stat().st_size)
+        except OSError as error:
+            error.filename = os.fspath(self._fresh)
+            raise
+        return rows
 
-    def _paths(self, about: dict) -> tuple[Path, Path]:
-        key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
-        return self._folder / f"{key}.npy", self._folder / f"{key}.json"
+    def commit(self) -> None:
+        """Keep what was filled in. Raises: OSError."""
+        with self._fresh.open("rb") as file:
+            os.fsync(file.fileno())
+        shape, digest = list(np.load(self._fresh, mmap_mode="r").shape), _digest(self._fresh)
+        os.replace(self._fresh, self._array)
+        replace_file(self._description, json.dumps({**self._about, "shape": shape, "sha256": digest}, indent=2) + "\n")
+        self.rows = np.lib.format.open_memmap(self._array, mode="r")
+
+    def discard(self) -> None:
+        """Remove what was not committed."""
+        self._fresh.unlink(missing_ok=True)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def image_digest(images: FaceImages, image: int) -> bytes:

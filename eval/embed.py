@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,9 +18,12 @@ from eval.errors import EvalError
 from eval.images import FaceImages
 from model.vit import IMAGE_SIZE
 
+T = TypeVar("T")
+
 BATCHES_BETWEEN_GATHERS = 8  # of each rank
 HASHED = 1024  # images in a batch that is hashed alone
 Progress = Callable[[int, int], None]
+Allocate = Callable[[tuple[int, ...]], np.ndarray]  # shape -> float32 to fill
 
 
 def embed(
@@ -47,24 +51,33 @@ def embed(
             every rank calls it equally often.
     Returns: on the first rank [n, 2, D] float32, each image and its mirror, or [n, 1, D] without mirrors, not normalised; from a cache it
         is read-only and lies on the disk. None on the others.
-    Raises: EvalError on every rank that names the image when it is unreadable, of another size, or its embedding is zero or not finite.
-    Collectives: a gather of texts and one of embeddings for every BATCHES_BETWEEN_GATHERS batches; with a cache, two more.
+    Raises: EvalError on every rank that names the image when it is unreadable, of another size, or its embedding is zero or not finite, or
+        the file of the cache that cannot be written.
+    Collectives: a gather of texts and one of embeddings for every BATCHES_BETWEEN_GATHERS batches, and one of texts; with a cache, five
+        more.
     """
     ranks = _Ranks.of(group)
 
-    def fill(allocate: Callable[[tuple[int, ...]], np.ndarray]) -> np.ndarray | None:
+    def fill(allocate: Allocate) -> np.ndarray | None:
         return _embed(embedder, images, mirror, ranks, decoder, allocate, progress and progress("images"))
 
     if cache is None:
-        return fill(lambda shape: np.empty(shape, np.float32))
-    about = description(embedder.digest, _digests(images, ranks, progress and progress("images hashed")), mirror, decoder)
-    found = ranks.from_first(lambda: cache.read(about) is not None)
-    cache.hit = bool(found)
-    if not found and ranks.rank == 0:
-        cache.write(about, fill)
-    elif not found:
-        fill(lambda shape: np.empty(shape, np.float32))
-    return cache.read(about) if ranks.rank == 0 else None
+        return fill(_in_memory)
+    digests = _digests(images, ranks, progress and progress("images hashed"))
+    entry = ranks.on_first(lambda: cache.entry(description(embedder.digest, digests, mirror, decoder)))
+    cache.hit = any(ranks.gather(entry is not None and entry.rows is not None))
+    if not cache.hit:
+        try:
+            fill(entry.allocate if entry else _in_memory)
+            ranks.on_first(lambda: entry.commit())
+        finally:
+            if entry:
+                entry.discard()
+    return entry.rows if entry else None
+
+
+def _in_memory(shape: tuple[int, ...]) -> np.ndarray:
+    return np.empty(shape, np.float32)
 
 
 def _embed(
@@ -73,15 +86,15 @@ def _embed(
     mirror: bool,
     ranks: _Ranks,
     decoder: str,
-    allocate: Callable[[tuple[int, ...]], np.ndarray],
+    allocate: Allocate,
     progress: Progress | None,
 ) -> np.ndarray | None:
-    total, rows = len(images), None
+    total, rows, problem = len(images), None, None
     chunks = list(_chunks(total, embedder.batch_size, ranks.world_size))
     batches = [batch for chunk in chunks for batch in chunk.batches(ranks.rank)]
     with closing(decode_ahead(images, batches, decoder, embedder.device)) as decoded:
         for chunk in chunks:
-            parts, problem = [], None
+            parts = []
             for number, batch in enumerate(chunk.batches(ranks.rank), 1):
                 pixels = next(decoded)
                 if isinstance(pixels, EvalError):
@@ -98,9 +111,13 @@ def _embed(
             ranks.raise_any(problem)
             gathered = ranks.gather_rows(np.concatenate(parts))
             if gathered is not None:
-                if rows is None:
-                    rows = allocate((total, *gathered.shape[1:]))
+                try:
+                    rows = allocate((total, *gathered.shape[1:])) if rows is None else rows
+                except OSError as error:  # which the others hear of with the next problem
+                    problem = str(error)
+                    continue
                 rows[chunk.start : chunk.stop] = gathered[: chunk.stop - chunk.start]
+    ranks.raise_any(problem)
     return rows
 
 
@@ -156,7 +173,7 @@ def _digests(images: FaceImages, ranks: _Ranks, progress: Progress | None) -> li
                 break
             mine += batch
             if progress:
-                progress(len(mine), len(share))
+                progress(min(len(mine) * ranks.world_size, len(images)), len(images))
     ranks.raise_any(problem)
     shares = ranks.gather(mine)
     return [shares[image % ranks.world_size][image // ranks.world_size] for image in range(len(images))]
@@ -186,16 +203,16 @@ class _Ranks:
         if problems:
             raise EvalError(problems[0])
 
-    def from_first(self, action: Callable[[], object]) -> object:
-        """What ``action`` returns on the first rank, or raises there, on all."""
+    def on_first(self, action: Callable[[], T]) -> T | None:
+        """Run an action without collectives on the first rank; what it returns there, None on the others. What it raises, all raise."""
         result, problem = None, None
         if self.rank == 0:
             try:
                 result = action()
-            except EvalError as error:
+            except (EvalError, OSError) as error:
                 problem = str(error)
         self.raise_any(problem)
-        return self.gather(result)[0]
+        return result
 
     def gather_rows(self, rows: np.ndarray) -> np.ndarray | None:
         """[b, ...] of each rank -> [b * world_size, ...] in rank order, on the first; None on the others."""

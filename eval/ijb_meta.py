@@ -161,6 +161,7 @@ def _read_landmarks(path: Path) -> tuple[dict[str, int], np.ndarray, np.ndarray]
 
 def _read_subjects(path: Path, name: str, templates: IjbTemplates) -> Subjects:
     first_lines: dict[int, tuple[int, int]] = {}  # template -> its subject, and the line that says so
+    columns = 0  # of the header
     for line, text in _text_lines(path):
         fields = [field.strip() for field in text.split(",", 2)]
         if len(fields) < 2:
@@ -168,7 +169,12 @@ def _read_subjects(path: Path, name: str, templates: IjbTemplates) -> Subjects:
         if line == 1:
             if fields[0].isdigit():
                 raise EvalError(f"{path}, line 1: expected a header such as TEMPLATE_ID,SUBJECT_ID,..., found {text.strip()[:80]!r}")
+            columns = text.count(",") + 1
             continue
+        if text.count(",") + 1 < columns:  # of a file that was cut short; a comma in a name makes more
+            raise EvalError(
+                f"{path}, line {line}: expected {columns} fields, as in the header, found {text.count(',') + 1}: {text.strip()[:80]!r}"
+            )
         template, subject = number(path, line, fields[0], "a template"), number(path, line, fields[1], "a subject")
         known, before = first_lines.setdefault(template, (subject, line))
         if known != subject:
@@ -209,7 +215,7 @@ def _lines(path: Path, count: int, form: str) -> Iterator[tuple[int, list[str]]]
 def _text_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Line numbers and lines, but for empty ones at the end."""
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             empty = 0
             for line, text in enumerate(file, start=1):
                 if not text.strip():

@@ -1,5 +1,6 @@
 """The 1:1 protocol of IJB: pairs of templates, millions of them, read in seconds."""
 
+import codecs
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +33,10 @@ def read_pairs(root: Path, target: str, templates: IjbTemplates, progress: Calla
         itself, a pair with both labels, or a file without one of the labels.
     """
     path = meta_file(root, target, "template_pair_label.txt")
-    size, done, line, keys, rest = path.stat().st_size, 0, 1, [], b""
+    size, line, keys, rest = path.stat().st_size, 1, [], b""
     with path.open("rb") as file:
+        done = len(codecs.BOM_UTF8) if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0
+        file.seek(done)
         while chunk := file.read(CHUNK_BYTES):
             done += len(chunk)
             text, rest = _whole_lines(rest + chunk, last=done >= size)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from eval.errors import EvalError
 from model.vit import IMAGE_SIZE
@@ -79,6 +79,8 @@ def _opened(data: bytes, name: str, check_size: Callable[[int, int], None]) -> I
             yield image
     except EvalError as error:
         raise EvalError(f"{name}: {error}") from None
+    except UnidentifiedImageError:  # whose own text names a Python object
+        raise EvalError(f"{name}: not a readable image: neither JPEG nor PNG") from None
     except Exception as error:  # Pillow's errors on damaged files share no narrower base class
         raise EvalError(f"{name}: not a readable image: {error}") from error
 

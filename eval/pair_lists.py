@@ -43,7 +43,7 @@ def read_list(path: Path, lines: Sequence[tuple[int, str]]) -> list[ListedPair]:
     for number, words in fields:
         if len(words) != width:
             raise EvalError(f"{path}, line {number}: expected {width} fields, as in line {fields[0][0]}, found {len(words)}")
-        if not words[-1].isdecimal() or (width == 3 and words[-1] not in ("0", "1")):
+        if not re.fullmatch("[0-9]{1,18}", words[-1]) or (width == 3 and words[-1] not in ("0", "1")):
             expected = "1 for one person or 0 for two" if width == 3 else "0 for two persons, or another number for one"
             raise EvalError(f"{path}, line {number}: expected {expected} at its end, found {words[-1]!r:.40}")
     if width == 3:
@@ -93,19 +93,23 @@ def cfp_pairs(images_dir: Path, split: Path) -> PairSet:
 def _cfp_paths(path: Path) -> dict[int, str]:
     """Number -> the last three parts of its path."""
     paths: dict[int, str] = {}
+    lines: dict[int, int] = {}  # number -> where it stands
     for line, text in read_lines(path):
         words = text.split()
-        if len(words) != 2 or not words[0].isdecimal() or len(PurePosixPath(words[1]).parts) < 3:
+        if len(words) != 2 or not re.fullmatch("[0-9]{1,18}", words[0]) or len(PurePosixPath(words[1]).parts) < 3:
             raise EvalError(
                 f"{path}, line {line}: expected a number and a path such as ../Data/Images/001/frontal/01.jpg, found {text!r:.80}"
             )
-        paths[int(words[0])] = "/".join(PurePosixPath(words[1]).parts[-3:])
+        number = int(words[0])
+        if lines.setdefault(number, line) != line:
+            raise EvalError(f"{path}, line {line}: number {number} again, first in line {lines[number]}; expected each once")
+        paths[number] = "/".join(PurePosixPath(words[1]).parts[-3:])
     return paths
 
 
 def _cfp_fold(path: Path, first: dict[int, str], second: dict[int, str], same: bool) -> Iterator[ListedPair]:
     for line, text in read_lines(path):
-        match = re.fullmatch(r"\s*([0-9]+)\s*,\s*([0-9]+)\s*", text)
+        match = re.fullmatch(r"\s*([0-9]{1,18})\s*,\s*([0-9]{1,18})\s*", text)
         if not match:
             raise EvalError(f"{path}, line {line}: expected two numbers i,j, found {text.strip()!r:.80}")
         numbers = [int(number) for number in match.groups()]
@@ -138,16 +142,24 @@ def pair_set(
         person: who is on an image, by its path; None: the list does not say.
     Raises: EvalError that names the image and the line that asks for it.
     """
-    numbers: dict[str, int] = {}
-    paths: list[Path] = []
+    numbers: dict[str, int] = {}  # of the image that is listed so
+    places: dict[Path, int] = {}  # the same by file: a/b.jpg, ./a/b.jpg and a/b.png may be one
+    first_listed: list[str] = []  # each image, as it is listed first
+    known: dict[frozenset[int], ListedPair] = {}
     for pair in pairs:
-        if pair.first == pair.second:
-            raise EvalError(f"{pair.where}: an image paired with itself: {pair.first}")
         for image in (pair.first, pair.second):
             if image not in numbers:
-                numbers[image] = len(paths)
-                paths.append(_find(images_dir, image, pair.where))
-    identities = np.unique([person(image) for image in numbers], return_inverse=True)[1].astype(np.int64) if person else None
+                numbers[image] = places.setdefault(_find(images_dir, image, pair.where), len(places))
+                if numbers[image] == len(first_listed):
+                    first_listed.append(image)
+        if numbers[pair.first] == numbers[pair.second]:
+            raise EvalError(f"{pair.where}: an image paired with itself: {pair.first} and {pair.second}")
+        before = known.setdefault(frozenset((numbers[pair.first], numbers[pair.second])), pair)
+        if before.same != pair.same:
+            kind = "of one person" if pair.same else "of two persons"
+            raise EvalError(f"{pair.where}: a pair {kind}, but {before.where} says otherwise of {pair.first} and {pair.second}")
+    paths = list(places)
+    identities = np.unique([person(image) for image in first_listed], return_inverse=True)[1].astype(np.int64) if person else None
     return PairSet(
         source=source,
         origin=origin,
@@ -181,5 +193,5 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
         raise EvalError(f"{path}: not a text file in UTF-8: {error}") from error
     lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
     if not lines:
-        raise EvalError(f"{path}: the file is empty; expected a first line with the number of folds and of pairs per class, as in 10 300")
+        raise EvalError(f"{path}: the file is empty; expected pairs")
     return lines

@@ -38,12 +38,33 @@ class PairSet:
             pair = int(np.argmax(outside.any(axis=1)))
             found = self.pairs[pair].tolist()
             raise EvalError(f"{self.source}: pair {pair} is of the images {found}, expected numbers from 0 to {num_images - 1}")
+        self._check_flags()
         try:
             count_folds(self.fold)
         except EvalError as error:
             raise EvalError(f"{self.source}: {error}") from error
         if self.named_identities is not None:
             self._check_names(self.named_identities)
+
+    @cached_property
+    def _keys(self) -> np.ndarray:
+        """[P] int64: equal for pairs of the same two images, in whichever order."""
+        return self.pairs.min(axis=1) * len(self.images) + self.pairs.max(axis=1)
+
+    @property
+    def repeated(self) -> int:
+        """Pairs that are here again, in either order; each counts each time, as in the field."""
+        return len(self.pairs) - len(np.unique(self._keys))
+
+    @property
+    def self_pairs(self) -> int:
+        """Pairs of an image with itself: a pack may hold two images that are equal byte for byte."""
+        return int(np.count_nonzero(self.pairs[:, 0] == self.pairs[:, 1]))
+
+    def remarks(self) -> list[str]:
+        """What is odd about the pairs, a line each."""
+        counted = ((self.repeated, "repeated, and count each time"), (self.self_pairs, "of an image with itself"))
+        return [f"{self.source}: {count} of {len(self.pairs)} pairs are {what}" for count, what in counted if count]
 
     @property
     def num_folds(self) -> int:
@@ -57,6 +78,17 @@ class PairSet:
         joins then count as two persons, so that there seem to be more persons than there are.
         """
         return connected(self.pairs[self.same], len(self.images)) if self.named_identities is None else self.named_identities
+
+    def _check_flags(self) -> None:
+        order = np.lexsort((self.same, self._keys))
+        keys, same = self._keys[order], self.same[order]
+        contradicts = (keys[1:] == keys[:-1]) & (same[1:] != same[:-1])
+        if contradicts.any():
+            at = int(np.argmax(contradicts))
+            first, second = sorted(order[at : at + 2].tolist())
+            raise EvalError(
+                f"{self.source}: pairs {first} and {second}, from 0, are of the same two images, once as one person and once as two"
+            )
 
     def _check_names(self, identities: np.ndarray) -> None:
         if identities.shape != (len(self.images),):

@@ -27,6 +27,8 @@ class PairReport:
 
     num_pairs: int
     num_images: int  # distinct, each embedded twice (itself and its mirror)
+    repeated: int  # of the pairs: here again, and counted each time
+    self_pairs: int  # of an image with itself
     embedding_size: int
     accuracy: PairAccuracy  # thresholds in steps of 0.01 squared distance, as published accuracies were read
     accuracy_exact: PairAccuracy  # thresholds searched exactly
@@ -66,6 +68,8 @@ def evaluate_pairs(embedder: Embedder, pairs: PairSet, **options: Any) -> PairRe
     return PairReport(
         num_pairs=len(scores),
         num_images=len(embeddings),
+        repeated=pairs.repeated,
+        self_pairs=pairs.self_pairs,
         embedding_size=embeddings.shape[1],
         accuracy=accuracy,
         accuracy_exact=accuracy_exact,

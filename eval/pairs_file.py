@@ -92,7 +92,7 @@ def _path(image: tuple[str, int]) -> str:
 
 
 def _is_header(fields: list[str]) -> bool:
-    return len(fields) == 2 and all(re.fullmatch("[0-9]+", field) for field in fields)
+    return len(fields) == 2 and all(re.fullmatch("[0-9]{1,18}", field) for field in fields)
 
 
 def _fields(line: str) -> list[str]:
@@ -110,7 +110,7 @@ def _parse_pair(path: Path, line: int, fields: list[str], *, genuine: bool) -> P
     for name, number in zip(names, numbers, strict=True):
         if not is_plain_name(name):
             raise EvalError(f"{path}, line {line}: {name!r} can't be the name of a folder of images")
-        if not re.fullmatch("[0-9]+", number):
+        if not re.fullmatch("[0-9]{1,9}", number):
             hint = "names with spaces need tabs between fields"
             raise EvalError(f"{path}, line {line}: expected {form}, but {number!r} is no image number ({hint})")
     first, second = zip(names, map(int, numbers), strict=True)

@@ -79,4 +79,6 @@ def _notes(entries: Sequence[Entry]) -> list[str]:
 
 
 def _is_ijbc(entry: Entry) -> bool:
-    return isinstance(entry.result, IjbResult) and entry.result.target == "IJBC"
+    """Whether it has figures of IJB-C's 1:1."""
+    result = entry.result
+    return isinstance(result, IjbResult) and result.target == "IJBC" and any(mode.nearest or mode.strict for mode in result.modes.values())

@@ -29,5 +29,7 @@ def run(args: argparse.Namespace) -> None:
         raise EvalError(f"{out}: the output comes last, and its name ends in {SUFFIX}")
     check_output(out, "the output")
     pairs = open_pairs(args.images, args.pairs, sources[0] if sources else None, "SRC.bin before the output")
+    for remark in pairs.remarks():
+        print(f"warning: {remark}")
     size = write_pack(pairs, out, progress=Progress())
     print(f"{out}: {len(pairs.pairs)} pairs in {pairs.num_folds} folds, {len(pairs.images)} images, {size} bytes")

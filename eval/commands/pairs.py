@@ -42,6 +42,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     check_outputs(args)
     pairs = args.ranks.together(lambda: _open(args))
+    for remark in pairs.remarks():
+        args.ranks.say(f"warning: {remark}")
     embedder = open_model(args)
     options = embed_options(args)
     report = evaluate_pairs(embedder, pairs, **options)

@@ -1,5 +1,6 @@
 """Embedding over ranks: every image once, the same forwards on every rank, and one error on all."""
 
+import errno
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from eval.cache import EmbeddingCache
+from eval.cache import CacheEntry, EmbeddingCache
 from eval.embed import embed
 from eval.embedder import Embedder
 from eval.errors import EvalError
@@ -79,3 +80,26 @@ def check_cache(group: dist.ProcessGroup, folder: str) -> tuple[int, int]:
 
 def test_what_one_rank_has_in_its_cache_no_rank_embeds_again(tmp_path):
     assert run_ranks(2, check_cache, str(tmp_path)) == [(10, 0), (10, 0)]
+
+
+def check_full_disk(group: dist.ProcessGroup, folder: str, fails: str, count: int) -> tuple[str, list[str]]:
+    """The first rank's disk is full when room is taken, or when the entry is completed."""
+    files, model = noise(count), Path(folder) / "model"
+    model.write_bytes(b"weights")
+    dist.barrier(group)
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device", f"{folder}/cache/x.npy")
+
+    setattr(CacheEntry, fails, full)
+    with pytest.raises(EvalError) as error:
+        embed(counting([], model), of(files), mirror=True, group=group, cache=EmbeddingCache(Path(folder) / "cache"))
+    return str(error.value), [path.name for path in (Path(folder) / "cache").iterdir()]
+
+
+@pytest.mark.parametrize("count", [1, 70])  # images of one round, and of several
+@pytest.mark.parametrize("fails", ["allocate", "commit"])
+def test_a_cache_that_cannot_be_written_is_an_error_on_all_ranks(tmp_path, fails, count):
+    first, second = run_ranks(2, check_full_disk, str(tmp_path), fails, count)
+    assert first[0] == second[0] == f"[Errno 28] No space left on device: '{tmp_path}/cache/x.npy'"
+    assert first[1] == []

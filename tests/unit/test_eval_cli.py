@@ -140,7 +140,7 @@ def test_an_interrupt_ends_in_one_line_and_exit_code_130(arguments, tmp_path, ca
 
     monkeypatch.setattr("eval.commands.pairs.evaluate_pairs", interrupt)
     assert main([*arguments, "--json", f"{tmp_path}/out.json"]) == 130
-    assert capsys.readouterr().err.strip() == "interrupted; no result was written"
+    assert capsys.readouterr().err.strip() == "interrupted; no file is half written"
     assert not (tmp_path / "out.json").exists()
 
 
@@ -174,7 +174,9 @@ def test_a_bin_pack_is_evaluated_and_converted(arguments, tmp_path, capsys):
     for name in ("p.bin", "p.pairs.safetensors"):
         capsys.readouterr()
         assert main([*arguments[:3], "--pack", f"{tmp_path}/{name}"]) == 0
-        printed.append(capsys.readouterr().out.splitlines()[:-1])  # without the last line, the speed
+        warning, *lines, _ = capsys.readouterr().out.splitlines()  # the last line is the speed
+        assert warning == f"warning: {tmp_path}/{name}: 10 of 20 pairs are of an image with itself"  # a person's two images are equal
+        printed.append(lines)
     assert printed[0] == printed[1]
     assert printed[0][2].startswith("20 pairs of ")
     assert ", inferred from the genuine pairs, 1000 times" in printed[0][-1]

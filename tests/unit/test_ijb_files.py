@@ -232,6 +232,27 @@ def test_a_subject_twice_in_a_gallery_and_a_probe_that_is_enrolled_are_refused(r
         read_all(root)
 
 
+def test_a_line_that_was_cut_short_is_refused_and_not_taken_for_another_subject(root):
+    path = text(root, "1N_probe_mixed.csv")
+    lines = path.read_text().splitlines()
+    template, subject = lines[-1].split(",")[:2]
+    path.write_text("\n".join([*lines[:-1], f"{template},{subject[:1]}"]))
+    expected = rf"1N_probe_mixed\.csv, line {len(lines)}: expected 7 fields, as in the header, found 2: '{template},{subject[:1]}'$"
+    with pytest.raises(EvalError, match=expected):
+        read_all(root)
+
+
+def test_a_mark_of_the_encoding_is_no_part_of_a_file(root, whole):
+    for path in (root / "meta").iterdir():
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    (templates, pairs, search), (_, plain_pairs, plain_search) = read_all(root), read_all(whole[0])
+    assert [Path(name).name for name in templates.images.names[:2]] == [
+        line.split()[0] for line in text(whole[0], MEMBERS).read_text().splitlines()[:2]
+    ]
+    assert (pairs.first.tolist(), pairs.same.tolist()) == (plain_pairs.first.tolist(), plain_pairs.same.tolist())
+    assert search.probes.subjects.tolist() == plain_search.probes.subjects.tolist()
+
+
 def test_a_file_that_is_no_text_is_refused(root):
     text(root, MEMBERS).write_bytes(b"\xff\xfe1 2 3\n")
     with pytest.raises(EvalError, match=r"face_tid_mid\.txt: not a text file in UTF-8: "):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from eval.commands.shared import Progress
 from eval.errors import EvalError
 from eval.mfr_pairs import Comparison, Images, Tail, TileSpeed, full_float32, score_pairs
 from eval.mfr_state import ScoringState
@@ -211,6 +212,18 @@ def test_a_stopped_run_goes_on_to_the_identical_result(tmp_path, tiles):
     assert len(counted) < 91 or tiles == 1  # of 91 tiles; those before were not made again
     # Complete, it answers from the file.
     assert score_pairs(embeddings, images, comparisons, tile_size=20, state=ScoringState(path), progress=stop_after(1)) == whole
+
+
+def test_a_run_that_goes_on_with_no_pair_left_says_so_and_ends(tmp_path, capsys):
+    """The last strip is of one image, which has no other after it."""
+    embeddings = np.random.default_rng(0).standard_normal((21, 8), dtype=np.float32)
+    images, comparisons = Images(np.arange(21) // 2, (21,)), [Comparison("all", ((0, 0),), 0.1)]
+    state = ScoringState(tmp_path / "state.safetensors", 0)
+    with pytest.raises(Stopped):
+        score_pairs(embeddings, images, comparisons, tile_size=20, state=state, progress=stop_after(3))
+    resumed = score_pairs(embeddings, images, comparisons, tile_size=20, state=state, progress=Progress("pairs"))
+    assert resumed == score_pairs(embeddings, images, comparisons, tile_size=20)
+    assert "0/0 pairs" in capsys.readouterr().err
 
 
 def slow_run(path) -> None:

@@ -70,7 +70,11 @@ def test_a_pack_of_a_list_is_evaluated_as_the_list_is(people, tmp_path):
         ("A_1.jpg A_2.jpg", "line 3: expected 3 fields, as in line 1, found 2"),
         ("A_1.jpg A_2.jpg 2", "line 3: expected 1 for one person or 0 for two at its end, found '2'"),
         ("A_1.jpg A_2.jpg -1", "line 3: expected 1 for one person or 0 for two at its end, found '-1'"),
-        ("A_1.jpg A_1.jpg 1", "line 3: an image paired with itself: A_1.jpg"),
+        ("A_1.jpg A_1.jpg 1", "line 3: an image paired with itself: A_1.jpg and A_1.jpg"),
+        ("A_2.png A_2.jpg 1", "line 3: an image paired with itself: A_2.png and A_2.jpg"),  # found by another suffix
+        ("./A_1.jpg A_1.jpg 1", r"line 3: an image paired with itself: ./A_1.jpg and A_1.jpg"),
+        ("B_1.jpg A_1.jpg 1", r"line 12: a pair of two persons, but \S+pairs.txt, line 3 says otherwise of A_1.jpg and B_1.jpg"),
+        (f"A_1.jpg A_2.jpg {'1' * 5000}", "line 3: expected 1 for one person or 0 for two at its end, found '1111"),
         ("A_1.jpg Z_1.jpg 0", r"Z_1.jpg: no such image, with suffix .jpg, .png, .jpeg \(asked for by \S+pairs.txt, line 3\)"),
         ("A_1.jpg ../A_2.jpg 1", "line 3: '../A_2.jpg' leads out of the folder of images"),
         ("A_1.jpg /etc/passwd 1", "line 3: '/etc/passwd' leads out of the folder of images"),
@@ -91,13 +95,34 @@ def test_a_wrong_line_is_named(people, tmp_path, line, message):
         ("A_1.jpg same\n", "line 1: expected 0 for two persons, or another number for one at its end, found 'same'"),
         ("A_1.jpg 1\nA_2.jpg 1\n", "pairs.txt: 10 folds of 1 pairs: need at least 2 folds and a pair in each"),
         ("A_1.jpg\n", r"line 1: expected two positive numbers, folds and pairs per class in a fold \(10 300\)"),
-        ("", "the file is empty"),
+        ("", "the file is empty; expected pairs"),
+        (f"{'9' * 5000} 300\n", "line 1: expected 0 for two persons, or another number for one at its end|two lines make a pair"),
     ],
 )
 def test_a_list_that_makes_no_pairs_is_refused(people, tmp_path, text, message):
     (tmp_path / "pairs.txt").write_text(text)
     with pytest.raises(EvalError, match=message):
         find_pairs(people, tmp_path / "pairs.txt")
+
+
+def test_pairs_that_are_listed_again_count_each_time_and_are_told(people, tmp_path):
+    lines = [" ".join(map(str, pair)) for pair in GENUINE + IMPOSTOR]
+    (tmp_path / "pairs.txt").write_text("\n".join(lines))
+    assert find_pairs(people, tmp_path / "pairs.txt").remarks() == []
+    first, second, flag = lines[0].split()
+    (tmp_path / "pairs.txt").write_text("\n".join([*lines, f"{second} {first} {flag}", lines[0]]))  # in the other order, and as it was
+    pairs = find_pairs(people, tmp_path / "pairs.txt")
+    assert (len(pairs.pairs), pairs.repeated, pairs.self_pairs) == (22, 2, 0)
+    assert pairs.remarks() == [f"{tmp_path}/pairs.txt: 2 of 22 pairs are repeated, and count each time"]
+
+
+def test_an_image_that_is_listed_by_several_names_is_one(people, tmp_path):
+    lines = [" ".join(map(str, pair)) for pair in GENUINE + IMPOSTOR]
+    (tmp_path / "pairs.txt").write_text("\n".join([*lines, "./A_1.jpg K_2.png 0", "A_1.png K_2.jpg 0"]))
+    pairs = find_pairs(people, tmp_path / "pairs.txt")
+    assert len(pairs.images) == 22
+    assert pairs.pairs[-1].tolist() == pairs.pairs[-2].tolist()
+    assert pairs.repeated == 1
 
 
 # --- CFP
@@ -159,6 +184,12 @@ def test_cfp_pairs_are_those_of_its_splits(cfp):
         ("FP/02/diff.txt", None, r"diff.txt: no such pairs file"),
         ("../Pair_list_P.txt", "1 01.jpg\n", r"Pair_list_P.txt, line 1: expected a number and a path such as .*, found '1 01.jpg'"),
         ("../Pair_list_P.txt", None, r"Pair_list_P.txt: no such pairs file"),
+        (
+            "../Pair_list_P.txt",
+            "1 a/001/profile/01.jpg\n2 a/002/profile/01.jpg\n1 a/001/profile/02.jpg\n",
+            r"Pair_list_P.txt, line 3: number 1 again, first in line 1; expected each once",
+        ),
+        ("FP/02/diff.txt", "", r"diff.txt: the file is empty; expected pairs$"),
     ],
 )
 def test_what_is_wrong_in_cfp_s_files_is_named(cfp, file, text, message):

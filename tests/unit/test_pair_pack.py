@@ -102,6 +102,26 @@ def test_a_bin_pack_of_python_2_is_read(tmp_path, files, arrays):
     check_pairs(open_pack(path), files)
 
 
+def test_pairs_that_contradict_each_other_are_refused(bin_file, files):
+    shown = [k for pair in range(12) for k in (pair, (pair + 1) % 12)]
+    flags = [True, False] * 6
+    images = [files[k] for k in [*shown, 4, 3]]  # pair 3 again, in the other order
+    with pytest.raises(
+        EvalError, match=r"lfw.bin: pairs 3 and 12, from 0, are of the same two images, once as one person and once as two$"
+    ):
+        open_pack(bin_file(images, [*flags, True]))
+    assert open_pack(bin_file(images, [*flags, False])).repeated == 1
+
+
+def test_pairs_of_one_image_are_counted_and_told(bin_file, files):
+    """Two images of a set may be equal byte for byte: of one person, and where names are wrong of two."""
+    shown = [k for pair in range(12) for k in (pair, (pair + 1) % 12)]
+    pack = open_pack(bin_file([files[k] for k in [*shown, 5, 5, 7, 7]], [True, False] * 7))
+    assert (pack.repeated, pack.self_pairs) == (0, 2)
+    (remark,) = pack.remarks()
+    assert remark.endswith("lfw.bin: 2 of 14 pairs are of an image with itself")
+
+
 # --- and dishonest ones
 
 

@@ -69,6 +69,14 @@ def test_two_results_for_the_same_cells_are_refused(table):
     assert error.count("\n") == 1
 
 
+def test_results_of_1_1_and_of_1_n_of_one_model_go_together(table):
+    search = {"mean_ranks": {1: 0.9}, "mean_tpir": {0.1: 0.8}}
+    only_search = ijb_result(modes={"N1D1F1": {"search": search}}, genuine=0, impostor=0, unresolved_far=[])
+    _, rows, notes, _ = table(i=ijb_result(), s=only_search)
+    assert rows["a.onnx", "nearest"][-2:] == ["97.25", "98.06"]
+    assert any(note.startswith("Not in the table: ") and "s.json" in note for note in notes)
+
+
 def test_a_bar_in_a_label_is_no_column(tmp_path, capsys):
     path = tmp_path / "m.json"
     path.write_text(json.dumps(mfr_result(model="a|b.onnx")))

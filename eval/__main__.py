@@ -42,6 +42,8 @@ def _run_on_ranks(args: argparse.Namespace) -> None:
         problem = None
         try:
             args.run(args)
+        except BrokenPipeError:  # nobody reads on, which may be noticed anywhere: this rank leaves, and the launcher ends the others
+            raise
         # Of all ranks alike, or of the first, which does what follows the last gather alone.
         except (EvalError, DataError, RankError, OSError) as error:
             problem = str(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,12 +18,12 @@ FORMAT_VERSION = 2
 
 
 class EmbeddingCache:
-    """A folder of ``KEY.npy`` (float32 [n, views, D], which numpy reads without unpickling) and ``KEY.json``, which says of what they are.
+    """A folder of ``KEY.json``, which says of what embeddings are and names the array that they are in, ``KEY-DIGEST.npy`` (float32
+    [n, views, D], which numpy reads without unpickling), with its SHA-256.
 
     The key is a hash of all that decides the numbers, up to the rounding of another device or batch size: the model's file and input
     range, every image's bytes and landmarks, what decodes them (DALI on a GPU rounds otherwise than Pillow), and whether mirrors are
-    embedded. An entry is there when its JSON is, which holds the array's SHA-256: a kill leaves at most a ``.new`` file, which is safe to
-    delete.
+    embedded. An entry is there when its JSON is: a kill leaves at most arrays that no JSON names, which are safe to delete.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -33,28 +34,30 @@ class EmbeddingCache:
     def entry(self, about: dict) -> CacheEntry:
         """Look an entry up; the folder is made. Raises: EvalError for a damaged entry, OSError."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
-        return CacheEntry(self._folder / f"{key}.npy", about)
+        return CacheEntry(self._folder, hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32], about)
 
 
 class CacheEntry:
-    """Embeddings of ``about``, which are at ``array``, or are to be filled into what ``allocate`` returns and committed."""
+    """Embeddings of ``about``: those that are there, or to be filled into what ``allocate`` returns and committed."""
 
-    def __init__(self, array: Path, about: dict) -> None:
+    def __init__(self, folder: Path, key: str, about: dict) -> None:
         """``rows``: the embeddings, mapped from the disk and read-only; None as long as there are none."""
-        self._array, self._description, self._about = array, array.with_suffix(".json"), about
-        self._fresh = array.with_name(f".{array.name}.new-{os.getpid()}")
+        self._description, self._about = folder / f"{key}.json", about
+        self._fresh = folder / f".{key}.npy.new-{os.getpid()}"
         self.rows: np.ndarray | None = self._read() if self._description.is_file() else None
+
+    def _array(self, digest: str) -> Path:
+        return self._description.with_name(f"{self._description.stem}-{digest[:16]}.npy")
 
     def _read(self) -> np.ndarray:
         try:
             found = json.loads(self._description.read_text(encoding="utf-8"))
-            rows = np.lib.format.open_memmap(self._array, mode="r")
-            digest = _digest(self._array)
-        except (OSError, ValueError, EOFError) as error:
-            raise EvalError(f"{self._array}: a damaged entry of the cache ({error}); delete it and {self._description.name}") from error
+            array = self._array(found["sha256"])
+            rows, digest = np.lib.format.open_memmap(array, mode="r"), _digest(array)
+        except (OSError, ValueError, EOFError, LookupError, TypeError) as error:
+            raise EvalError(f"{self._description}: a damaged entry of the cache ({error}); delete it") from error
         if found != {**self._about, "shape": list(rows.shape), "sha256": digest} or rows.dtype != np.float32:
-            raise EvalError(f"{self._array}: is not what {self._description.name} says; delete both")
+            raise EvalError(f"{array}: is not what {self._description.name} says; delete both")
         return rows
 
     def allocate(self, shape: tuple[int, ...]) -> np.ndarray:
@@ -72,14 +75,17 @@ class CacheEntry:
         """Keep what was filled in. Raises: OSError."""
         with self._fresh.open("rb") as file:
             os.fsync(file.fileno())
-        shape, digest = list(np.load(self._fresh, mmap_mode="r").shape), _digest(self._fresh)
-        os.replace(self._fresh, self._array)
-        replace_file(self._description, json.dumps({**self._about, "shape": shape, "sha256": digest}, indent=2) + "\n")
-        self.rows = np.lib.format.open_memmap(self._array, mode="r")
+        digest = _digest(self._fresh)
+        array = self._array(digest)
+        os.replace(self._fresh, array)
+        self.rows = np.lib.format.open_memmap(array, mode="r")
+        description = {**self._about, "shape": list(self.rows.shape), "sha256": digest}
+        replace_file(self._description, json.dumps(description, indent=2) + "\n")
 
     def discard(self) -> None:
         """Remove what was not committed."""
-        self._fresh.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._fresh.unlink(missing_ok=True)
 
 
 def _digest(file: Path) -> str:

@@ -1,5 +1,6 @@
 """What the field's IJB-B and IJB-C release says of images, templates and subjects: the files in its folder ``meta``."""
 
+import csv
 import os
 from array import array
 from collections.abc import Iterator
@@ -161,7 +162,7 @@ def _read_landmarks(path: Path) -> tuple[dict[str, int], np.ndarray, np.ndarray]
 
 def _read_subjects(path: Path, name: str, templates: IjbTemplates) -> Subjects:
     first_lines: dict[int, tuple[int, int]] = {}  # template -> its subject, and the line that says so
-    columns = 0  # of the header
+    columns = 0  # of the first line below the header
     for line, text in _text_lines(path):
         fields = [field.strip() for field in text.split(",", 2)]
         if len(fields) < 2:
@@ -169,12 +170,11 @@ def _read_subjects(path: Path, name: str, templates: IjbTemplates) -> Subjects:
         if line == 1:
             if fields[0].isdigit():
                 raise EvalError(f"{path}, line 1: expected a header such as TEMPLATE_ID,SUBJECT_ID,..., found {text.strip()[:80]!r}")
-            columns = text.count(",") + 1
             continue
-        if text.count(",") + 1 < columns:  # of a file that was cut short; a comma in a name makes more
-            raise EvalError(
-                f"{path}, line {line}: expected {columns} fields, as in the header, found {text.count(',') + 1}: {text.strip()[:80]!r}"
-            )
+        found_columns = len(next(csv.reader([text])))  # a name may hold a comma
+        columns = columns or found_columns
+        if found_columns != columns:  # of a file that was cut short
+            raise EvalError(f"{path}, line {line}: expected {columns} fields, as in line 2, found {found_columns}: {text.strip()[:80]!r}")
         template, subject = number(path, line, fields[0], "a template"), number(path, line, fields[1], "a subject")
         known, before = first_lines.setdefault(template, (subject, line))
         if known != subject:

@@ -153,7 +153,7 @@ def pair_set(
                 if numbers[image] == len(first_listed):
                     first_listed.append(image)
         if numbers[pair.first] == numbers[pair.second]:
-            raise EvalError(f"{pair.where}: an image paired with itself: {pair.first} and {pair.second}")
+            raise EvalError(f"{pair.where}: an image paired with itself: {' and '.join(dict.fromkeys((pair.first, pair.second)))}")
         before = known.setdefault(frozenset((numbers[pair.first], numbers[pair.second])), pair)
         if before.same != pair.same:
             kind = "of one person" if pair.same else "of two persons"

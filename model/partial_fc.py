@@ -436,7 +436,7 @@ class PartialFC:
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take over :meth:`state` of the same rows; ValueError, with nothing changed, if something is missing or of another size."""
         expected = {name: tensor.shape for name, tensor in self.state().items() if not name.startswith("last_embedding")}
-        if "last_embedding" in state or "last_embedding_step" in state or self.centers == "vpl":
+        if "last_embedding" in state or "last_embedding_step" in state:
             expected |= {"last_embedding": self.weight.shape, "last_embedding_step": self.weight.shape[:1]}
         if missing := expected.keys() - state.keys():
             raise ValueError(f"the state of a head lacks {', '.join(sorted(missing))}: it is of another version, stage or optimizer")
@@ -447,8 +447,9 @@ class PartialFC:
         self.expectation.copy_(state["expectation"])
         self.expectation_seen.copy_(state["expectation_seen"])
         self._last_embeddings = None
-        if "last_embedding" in state:  # also where a stage has just ended: the next one may want it
+        if "last_embedding" in state or self.centers == "vpl":  # the one where a stage has just ended, the other where none of it was seen
             self._last_embeddings = LastEmbeddings(*self._weight.shape, self._weight.device)
+        if "last_embedding" in state:
             self._last_embeddings.rows.copy_(state["last_embedding"])
             self._last_embeddings.written.copy_(state["last_embedding_step"])
         self._optimizer.load_state(state)

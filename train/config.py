@@ -201,7 +201,7 @@ class CheckpointConfig(Section):
 
     every_steps: PositiveInt | None = None  # optimizer steps; null: only at those ends
     keep_last: PositiveInt = 3  # the newest ones
-    keep_every_steps: PositiveInt | None = None  # those of steps that are a multiple of it; null: none
+    keep_every_steps: PositiveInt | None = None  # those of steps that are a multiple of it, but 0; null: none
     keep_best: NonNegativeInt = 0  # those of the highest pair accuracy, mean over the sets; needs eval.every_checkpoint
     grace_s: PositiveFloat = 25.0  # seconds from a signal to stop until the process ends, whatever it does then; launchers kill after 30
 
@@ -234,8 +234,8 @@ class WatchdogConfig(Section):
     data_s: Seconds = 300.0  # waiting for a batch, which each rank does by itself
     step_s: Seconds = 600.0  # head, forward, backward, optimizer and what lies between them: the others wait there for a rank without data
     checkpoint_s: Seconds = 1800.0  # saving
-    evaluate_s: Seconds = 1800.0  # of an evaluation while training a batch, or what follows the last one
-    end_s: Seconds = 1800.0  # the same of the evaluation at the end, and what is written then
+    evaluate_s: Seconds = 1800.0  # a batch of an evaluation between steps, or what follows its last batch
+    end_s: Seconds = 1800.0  # the same at the end of the run, and writing its summary and report
 
     def key(self, phase: str) -> str:
         """The field whose deadline ``phase`` has."""

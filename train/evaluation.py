@@ -54,7 +54,7 @@ class PairVerification:
 
     @property
     def score(self) -> float:
-        """By which checkpoints are compared: the accuracy, mean over folds and then over sets. NaN before the first evaluation."""
+        """By which checkpoints are compared: the accuracy, mean over folds and then over sets. NaN where ``newest`` is empty."""
         reports = self.newest.values()
         return sum(report.accuracy.mean for report in reports) / len(reports) if reports else math.nan
 
@@ -70,13 +70,16 @@ class PairVerification:
         from eval.embedder import module_embedder  # here, because onnxruntime takes a second to import
 
         embedder = module_embedder(engine, source=f"the backbone at step {step}", batch_size=batch_size)
+        problem = None
         with _pooled_statistics(engine.module, self._ranks):
             try:
-                complete = self._verify(step, embedder, given_up)
+                if not self._verify(step, embedder, given_up):
+                    problem = "the run is asked to stop"
             except RankError as error:
-                self.newest, self.step = {}, math.nan
-                return str(error)
-        return None if complete else "the run is asked to stop"
+                problem = str(error)
+        if problem:
+            self.newest, self.step = {}, math.nan
+        return problem
 
     def verify_file(self, step: int, weights: Path | None) -> Reports:
         """Of a backbone's weights file, in float32; only rank 0 needs it. Raises RankError. Collectives: as above, and of the weights."""

@@ -22,8 +22,8 @@ def set_class_means(cfg: RunConfig, ranks: Ranks, engine, head: PartialFC, alive
     """Give the head the mean embeddings of its classes as centers; a class without an image keeps its random one.
 
     The backbone is in evaluation mode and in the precision of the run, images are not augmented, and every one counts once. No random
-    number is drawn, and no statistic moves. The engine is left in evaluation mode. It costs about a third of an epoch's computation, which
-    ``Run.begin`` saves.
+    number is drawn, and no statistic moves. The engine is left in evaluation mode. It costs about a third of an epoch's computation;
+    ``Run.begin`` keeps the result as the checkpoint of step 0.
 
     Args:
         alive: called at every batch: the pass may take hours where a single batch must not.

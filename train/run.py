@@ -105,11 +105,11 @@ class Run:
 
         Collectives: those of enter_stage, and of a save.
         """
-        self.run_time.lap("start")
+        self.enter_stage()
         if self.saved_step is None and self.cfg.head.init_centers == "class_means":
+            self.run_time.lap("start")
             with self.phase("checkpoint"):
                 self.save()
-        self.enter_stage()
         self.run_time.lap("start")
         self.timer.restart()
 

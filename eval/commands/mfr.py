@@ -61,9 +61,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     check_outputs(args)
-    device = torch.device(args.device or args.ranks.device.type)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise EvalError("--device cuda: there is no GPU that torch can use here; leave it out, or give cpu")
+    device = args.ranks.together(lambda: _device(args))
     folder = args.ranks.together(lambda: mfr_folder.read_folder(args.data))
     parts = args.ranks.together(lambda: mfr.parts_of(folder))
     embedder = open_model(args)
@@ -111,6 +109,13 @@ def _print(name: str, result: mfr.SetResult) -> None:
         f"{result.images} images of {result.identities}, {point.genuine} genuine and {point.impostor} impostor pairs",
         flush=True,
     )
+
+
+def _device(args: argparse.Namespace) -> torch.device:
+    device = torch.device(args.device or args.ranks.device.type)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise EvalError("--device cuda: there is no GPU that torch can use here; leave it out, or give cpu")
+    return device
 
 
 def _print_estimate(found: mfr.Estimate) -> None:

@@ -145,6 +145,7 @@ class Progress:
         if done < total and now - self._last < (1 if self._tty else 30):
             return
         self._last = now
-        rate = max(done, 1) / max(now - self._start, 1e-9)
-        line = f"{done}/{total} {self._unit}, {rate:.0f}/s, ETA {format_seconds((total - done) / rate)}"
+        rate = done / max(now - self._start, 1e-9)
+        eta = format_seconds((total - done) / rate) if done else "unknown"
+        line = f"{done}/{total} {self._unit}, {rate:.0f}/s, ETA {eta}"
         print(f"\r{line:<60}" if self._tty else line, end="\n" if done == total or not self._tty else "", file=sys.stderr, flush=True)

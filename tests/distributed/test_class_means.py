@@ -1,5 +1,8 @@
 """Class centers that begin as class means: against numpy in float64, on one to three ranks, and in a run of every ZeRO stage."""
 
+import contextlib
+import io
+import itertools
 import json
 import math
 import shutil
@@ -19,6 +22,7 @@ from model.collectives import Collectives
 from model.vit import build_vit
 from tests.ranks import run_ranks
 from tests.training import IDENTITIES, given_weights, packed_faces, train_on_rank, write_recipe
+from train.backbone import TrainedBackbone
 
 D, BATCHES, B = 6, 3, 5
 
@@ -194,3 +198,34 @@ def test_a_run_that_is_killed_after_the_pass_goes_on_from_it_bit_for_bit(world_s
         first, second = (last_state(output, rank) for output in outputs)
         assert torch.equal(first["head"]["weight"], second["head"]["weight"])
         assert torch.equal(first["random"]["torch"], second["random"]["torch"])
+
+
+def train_with_a_bad_step(group, recipe, overrides):
+    """The embeddings of step 2 are not finite, once; returns the steps and what rank 0 says."""
+    embed, steps = TrainedBackbone.__call__, itertools.count(1)
+
+    def spoiled(backbone, images):
+        embeddings = embed(backbone, images)
+        return embeddings * math.nan if next(steps) == 2 else embeddings
+
+    TrainedBackbone.__call__ = spoiled
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        steps_done = train_on_rank(group, recipe, "zero1_fp32.json", overrides)
+    return steps_done, said.getvalue()
+
+
+@pytest.mark.parametrize("centers", ["learned", "vpl"])
+def test_a_run_can_go_back_to_the_end_of_the_pass(centers, shards, tmp_path):
+    changes = {
+        "stages": [{"name": "only", "steps": 4, "centers": centers}],
+        "head": {"margin": {"m3": 0.2}, "scale": 16.0},
+        "checkpoint": {"every_steps": 99},
+        "batch": {"micro_batch_size": 8},
+        "guard": {"max_skipped": 1, "then": "rollback"},
+    }
+    recipe = write_recipe(tmp_path / "r.yaml", shards, tmp_path / "run", **changes)
+    overrides = ["head.init_centers=class_means", given_weights(tmp_path)[0]]
+    ((steps, said),) = run_ranks(1, train_with_a_bad_step, recipe, overrides)
+    assert steps == 4
+    assert "rollback 1 of" in said
+    assert "step_00000000; the next images follow" in said

@@ -152,19 +152,27 @@ def test_other_images_another_model_or_no_mirrors_are_other_entries(files, model
 def test_an_entry_of_the_cache_that_is_damaged_is_named(files, model, tmp_path):
     cache = EmbeddingCache(tmp_path / "cache")
     embed(load_embedder(model), of(files), mirror=True, cache=cache)
-    (array,) = (tmp_path / "cache").glob("*.npy")
-    content = array.read_bytes()
-    array.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])  # one bit of one number
-    with pytest.raises(EvalError, match=rf"{array.name}: is not what {array.stem}.json says; delete both"):
-        embed(load_embedder(model), of(files), mirror=True, cache=cache)
-    array.write_bytes(content[:-4])
-    with pytest.raises(EvalError, match=rf"{array.name}: a damaged entry of the cache .*; delete it and {array.stem}.json"):
-        embed(load_embedder(model), of(files), mirror=True, cache=cache)
-    np.save(array, np.zeros((COUNT, 1, 16), np.float32))
-    with pytest.raises(EvalError, match=rf"{array.name}: is not what {array.stem}.json says; delete both"):
-        embed(load_embedder(model), of(files), mirror=True, cache=cache)
-    (tmp_path / "cache" / f"{array.stem}.json").write_text("[]")
-    with pytest.raises(EvalError, match=rf"{array.name}: is not what {array.stem}.json says; delete both"):
+    (array,), (about,) = ((tmp_path / "cache").glob(pattern) for pattern in ("*.npy", "*.json"))
+    content, description = array.read_bytes(), about.read_text()
+    other = io.BytesIO()
+    np.save(other, np.zeros((COUNT, 1, 16), np.float32))
+    one_bit = content[:-3] + bytes([content[-3] ^ 1]) + content[-2:]
+    for damaged, message in (
+        (one_bit, rf"{array.name}: is not what {about.name} says; delete both"),
+        (other.getvalue(), rf"{array.name}: is not what {about.name} says; delete both"),
+        (content[:-4], rf"{about.name}: a damaged entry of the cache \(.*\); delete it"),
+        (None, rf"{about.name}: a damaged entry of the cache \(.*\); delete it"),
+    ):
+        array.write_bytes(damaged) if damaged else array.unlink()
+        with pytest.raises(EvalError, match=message):
+            embed(load_embedder(model), of(files), mirror=True, cache=cache)
+    array.write_bytes(content)
+    for damaged in ("[]", "{}", "null", '{"sha256": 3}', description[:-9]):
+        about.write_text(damaged)
+        with pytest.raises(EvalError, match=rf"{about.name}: a damaged entry of the cache \(.*\); delete it"):
+            embed(load_embedder(model), of(files), mirror=True, cache=cache)
+    about.write_text(description.replace('"num_images": 11', '"num_images": 12'))
+    with pytest.raises(EvalError, match=rf"{array.name}: is not what {about.name} says; delete both"):
         embed(load_embedder(model), of(files), mirror=True, cache=cache)
 
 

@@ -100,6 +100,20 @@ def test_vpl_draws_a_class_center_for_200_steps_after_the_one_that_met_its_class
         head.step(lr=0.0, weight_decay=0.0)
 
 
+def test_a_state_of_before_a_stage_of_vpl_begins_its_memory_anew():
+    """What a run goes back to, if it is in that stage."""
+    head, before = build(centers="vpl"), copied(build(centers="learned"))
+    train(head, 0, 2)
+    assert head.state()["last_embedding"].abs().max() > 0
+    head.load_state(before)
+    assert head.state()["last_embedding"].abs().max() == 0
+    assert differing(build(centers="learned"), before) == []
+    train(head, 2, 3)
+    anew = build(centers="vpl")
+    train(anew, 2, 3)
+    assert differing(head, copied(anew)) == []
+
+
 def test_a_memory_that_a_stage_left_in_a_checkpoint_serves_a_next_stage_of_vpl_and_no_other():
     head = build(centers="vpl")
     train(head, 0, 2)

@@ -237,7 +237,7 @@ def test_a_line_that_was_cut_short_is_refused_and_not_taken_for_another_subject(
     lines = path.read_text().splitlines()
     template, subject = lines[-1].split(",")[:2]
     path.write_text("\n".join([*lines[:-1], f"{template},{subject[:1]}"]))
-    expected = rf"1N_probe_mixed\.csv, line {len(lines)}: expected 7 fields, as in the header, found 2: '{template},{subject[:1]}'$"
+    expected = rf"1N_probe_mixed\.csv, line {len(lines)}: expected 7 fields, as in line 2, found 2: '{template},{subject[:1]}'$"
     with pytest.raises(EvalError, match=expected):
         read_all(root)
 

@@ -11,7 +11,7 @@ import torch
 
 from eval.commands.shared import Progress
 from eval.errors import EvalError
-from eval.mfr_pairs import Comparison, Images, Tail, TileSpeed, full_float32, score_pairs
+from eval.mfr_pairs import Comparison, Images, Tail, TileSpeed, _Products, full_float32, score_pairs
 from eval.mfr_state import ScoringState
 from eval.verification import TarAtFar, most_false_accepts, tar_at_far
 
@@ -279,11 +279,21 @@ def test_damaged_progress_is_refused_by_name(tmp_path, damage):
         score_pairs(embeddings, images, comparisons, tile_size=20, state=ScoringState(path))
 
 
-def test_the_measured_rates_are_of_work_that_was_done():
-    begin = time.perf_counter()
-    speed = TileSpeed.measure(16, seconds=0.1)
-    taken = time.perf_counter() - begin
-    assert min(speed.impostors, speed.mixed) * taken > 2048 * 2048  # at least the tile that each makes
+def test_the_measured_rates_are_of_work_that_was_done(monkeypatch):
+    """The tiles that were made beside the diagonal and on it, after the first ones, took as long as the rates say."""
+    tiles: dict[bool, list[float]] = {False: [], True: []}  # on the diagonal -> when each was done
+    share_out = _Products.share_out
+
+    def counted(products, rows, columns, tallies) -> int:
+        pairs = share_out(products, rows, columns, tallies)
+        tiles[rows == columns].append(time.perf_counter())
+        return pairs
+
+    monkeypatch.setattr(_Products, "share_out", counted)
+    speed = TileSpeed.measure(16, seconds=0.2)
+    for on_diagonal, rate in ((False, speed.impostors), (True, speed.mixed)):
+        last = [end for end in tiles[on_diagonal] if end > tiles[on_diagonal][-1] - 0.19]
+        assert rate == pytest.approx(2048**2 * (len(last) - 1) / (last[-1] - last[0]), rel=0.5)
 
 
 def test_an_estimate_counts_whole_tiles_and_those_with_genuine_pairs_apart():

@@ -70,7 +70,7 @@ def test_a_pack_of_a_list_is_evaluated_as_the_list_is(people, tmp_path):
         ("A_1.jpg A_2.jpg", "line 3: expected 3 fields, as in line 1, found 2"),
         ("A_1.jpg A_2.jpg 2", "line 3: expected 1 for one person or 0 for two at its end, found '2'"),
         ("A_1.jpg A_2.jpg -1", "line 3: expected 1 for one person or 0 for two at its end, found '-1'"),
-        ("A_1.jpg A_1.jpg 1", "line 3: an image paired with itself: A_1.jpg and A_1.jpg"),
+        ("A_1.jpg A_1.jpg 1", "line 3: an image paired with itself: A_1.jpg$"),
         ("A_2.png A_2.jpg 1", "line 3: an image paired with itself: A_2.png and A_2.jpg"),  # found by another suffix
         ("./A_1.jpg A_1.jpg 1", r"line 3: an image paired with itself: ./A_1.jpg and A_1.jpg"),
         ("B_1.jpg A_1.jpg 1", r"line 12: a pair of two persons, but \S+pairs.txt, line 3 says otherwise of A_1.jpg and B_1.jpg"),
@@ -96,7 +96,7 @@ def test_a_wrong_line_is_named(people, tmp_path, line, message):
         ("A_1.jpg 1\nA_2.jpg 1\n", "pairs.txt: 10 folds of 1 pairs: need at least 2 folds and a pair in each"),
         ("A_1.jpg\n", r"line 1: expected two positive numbers, folds and pairs per class in a fold \(10 300\)"),
         ("", "the file is empty; expected pairs"),
-        (f"{'9' * 5000} 300\n", "line 1: expected 0 for two persons, or another number for one at its end|two lines make a pair"),
+        (f"{'9' * 5000} 300\n", "two lines make a pair, found 1"),
     ],
 )
 def test_a_list_that_makes_no_pairs_is_refused(people, tmp_path, text, message):

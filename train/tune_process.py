@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
 import shutil
 import signal
@@ -17,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train.metrics import LOG
+from train.processes import end_group
 from train.report import SUMMARY
 from train.tune_settings import Settings, Workload
 from train.tune_trial import peak_file
@@ -75,8 +74,7 @@ def run_trial(workload: Workload, settings: Settings, folder: Path, timeout_s: f
         except subprocess.TimeoutExpired:
             ended = False
         finally:
-            with contextlib.suppress(ProcessLookupError):  # none is left; ranks may outlive their launcher
-                os.killpg(process.pid, signal.SIGKILL)
+            end_group(process.pid)  # ranks may outlive their launcher
             process.wait()
     seconds = time.monotonic() - begin
     text = log.read_text(errors="replace")

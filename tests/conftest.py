@@ -1,5 +1,6 @@
 """Fixtures of the whole suite."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,13 @@ _SHARED_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 def _one_thread():
     """One thread, as in every rank, so that sums are taken in one order."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _ctrl_c_is_heard():
+    """A job that a script puts into the background ignores Ctrl-C, and all that it starts would: then nothing could be tested of it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

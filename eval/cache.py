@@ -13,6 +13,7 @@ import numpy as np
 from data_pipeline.output import replace_file
 from eval.errors import EvalError
 from eval.images import FaceImages
+from eval.release_folder import sha256
 
 FORMAT_VERSION = 2
 
@@ -53,7 +54,7 @@ class CacheEntry:
         try:
             found = json.loads(self._description.read_text(encoding="utf-8"))
             array = self._array(found["sha256"])
-            rows, digest = np.lib.format.open_memmap(array, mode="r"), _digest(array)
+            rows, digest = np.lib.format.open_memmap(array, mode="r"), sha256(array)
         except (OSError, ValueError, EOFError, LookupError, TypeError) as error:
             raise EvalError(f"{self._description}: a damaged entry of the cache ({error}); delete it") from error
         if found != {**self._about, "shape": list(rows.shape), "sha256": digest} or rows.dtype != np.float32:
@@ -75,7 +76,7 @@ class CacheEntry:
         """Keep what was filled in. Raises: OSError."""
         with self._fresh.open("rb") as file:
             os.fsync(file.fileno())
-        digest = _digest(self._fresh)
+        digest = sha256(self._fresh)
         array = self._array(digest)
         os.replace(self._fresh, array)
         self.rows = np.lib.format.open_memmap(array, mode="r")
@@ -86,11 +87,6 @@ class CacheEntry:
         """Remove what was not committed."""
         with contextlib.suppress(OSError):
             self._fresh.unlink(missing_ok=True)
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def image_digest(images: FaceImages, image: int) -> bytes:

@@ -54,7 +54,7 @@ def embed(
     Raises: EvalError on every rank that names the image when it is unreadable, of another size, or its embedding is zero or not finite, or
         the file of the cache that cannot be written.
     Collectives: a gather of texts and one of embeddings for every BATCHES_BETWEEN_GATHERS batches, and one of texts; with a cache three
-        more of texts and one of values, and where its entry is there no others.
+        more of texts and two of values; where its entry is there, two and two, and no others.
     """
     ranks = _Ranks.of(group)
 

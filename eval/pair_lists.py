@@ -23,6 +23,7 @@ from eval.images import IMAGE_SUFFIXES, FaceImages, read_image
 from eval.pair_set import PairSet
 from eval.verification import contiguous_folds
 
+NUMBER = "[0-9]{1,18}"  # what a number in a list may be: it fits into int64
 _CFP_LISTS = {"F": "Pair_list_F.txt", "P": "Pair_list_P.txt"}  # frontal and profile
 
 
@@ -43,7 +44,7 @@ def read_list(path: Path, lines: Sequence[tuple[int, str]]) -> list[ListedPair]:
     for number, words in fields:
         if len(words) != width:
             raise EvalError(f"{path}, line {number}: expected {width} fields, as in line {fields[0][0]}, found {len(words)}")
-        if not re.fullmatch("[0-9]{1,18}", words[-1]) or (width == 3 and words[-1] not in ("0", "1")):
+        if not re.fullmatch(NUMBER, words[-1]) or (width == 3 and words[-1] not in ("0", "1")):
             expected = "1 for one person or 0 for two" if width == 3 else "0 for two persons, or another number for one"
             raise EvalError(f"{path}, line {number}: expected {expected} at its end, found {words[-1]!r:.40}")
     if width == 3:
@@ -96,7 +97,7 @@ def _cfp_paths(path: Path) -> dict[int, str]:
     lines: dict[int, int] = {}  # number -> where it stands
     for line, text in read_lines(path):
         words = text.split()
-        if len(words) != 2 or not re.fullmatch("[0-9]{1,18}", words[0]) or len(PurePosixPath(words[1]).parts) < 3:
+        if len(words) != 2 or not re.fullmatch(NUMBER, words[0]) or len(PurePosixPath(words[1]).parts) < 3:
             raise EvalError(
                 f"{path}, line {line}: expected a number and a path such as ../Data/Images/001/frontal/01.jpg, found {text!r:.80}"
             )
@@ -109,7 +110,7 @@ def _cfp_paths(path: Path) -> dict[int, str]:
 
 def _cfp_fold(path: Path, first: dict[int, str], second: dict[int, str], same: bool) -> Iterator[ListedPair]:
     for line, text in read_lines(path):
-        match = re.fullmatch(r"\s*([0-9]{1,18})\s*,\s*([0-9]{1,18})\s*", text)
+        match = re.fullmatch(rf"\s*({NUMBER})\s*,\s*({NUMBER})\s*", text)
         if not match:
             raise EvalError(f"{path}, line {line}: expected two numbers i,j, found {text.strip()!r:.80}")
         numbers = [int(number) for number in match.groups()]

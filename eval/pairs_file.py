@@ -9,7 +9,7 @@ import numpy as np
 
 from data_pipeline.names import is_plain_name
 from eval.errors import EvalError
-from eval.pair_lists import ListedPair, cfp_pairs, first_part, list_fields, listed_pairs, pair_set, read_lines, read_list
+from eval.pair_lists import NUMBER, ListedPair, cfp_pairs, first_part, list_fields, listed_pairs, pair_set, read_lines, read_list
 from eval.pair_set import PairSet
 
 
@@ -92,7 +92,7 @@ def _path(image: tuple[str, int]) -> str:
 
 
 def _is_header(fields: list[str]) -> bool:
-    return len(fields) == 2 and all(re.fullmatch("[0-9]{1,18}", field) for field in fields)
+    return len(fields) == 2 and all(re.fullmatch(NUMBER, field) for field in fields)
 
 
 def _fields(line: str) -> list[str]:

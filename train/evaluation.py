@@ -47,8 +47,9 @@ class PairVerification:
         self._ranks, self._alive = ranks, alive
         self.sets = ranks.together(lambda: open_sets(config))
         _require_equal(self.sets, ranks)
-        for remark in (remark for pairs in self.sets.values() for remark in pairs.remarks()):
-            ranks.say(f"warning: {remark}")
+        for pairs in self.sets.values():
+            for remark in pairs.remarks():
+                ranks.say(f"warning: {remark}")
         self.newest: Reports = {}
         self.step = math.nan
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
+from eval.release_folder import sha256
 from eval.weights import load_backbone
 from model.vit import Vit
 from train.config import ConfigError, ModelConfig, RunConfig
@@ -42,9 +42,7 @@ def read_initial_weights(model: ModelConfig) -> tuple[Vit, Origin]:
             f"model.{key}={value}, or choose other weights"
             for key, value in differing.items()
         )
-    with loaded.file.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return loaded.net, Origin(str(loaded.file), digest)
+    return loaded.net, Origin(str(loaded.file), sha256(loaded.file))
 
 
 def require_no_weights(cfg: RunConfig) -> None:

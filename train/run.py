@@ -106,11 +106,10 @@ class Run:
         Collectives: those of enter_stage, and of a save.
         """
         self.enter_stage()
+        self.run_time.lap("start")
         if self.saved_step is None and self.cfg.head.init_centers == "class_means":
-            self.run_time.lap("start")
             with self.phase("checkpoint"):
                 self.save()
-        self.run_time.lap("start")
         self.timer.restart()
 
     def begin_step(self) -> float:
@@ -194,8 +193,8 @@ class Run:
         if problem:
             self.ranks.say(f"warning: the evaluation at step {self.step} has no result: {problem}")
         else:
-            accuracies = {name: report.accuracy.mean for name, report in self.verification.newest.items()}
-            found = ", ".join(f"{name} {100 * mean:.2f} %" for name, mean in accuracies.items())
+            reports = self.verification.newest
+            found = ", ".join(f"{name} {100 * report.accuracy.mean:.2f} %" for name, report in reports.items())
             self.ranks.say(f"evaluation at step {self.step}: {found} ({time.monotonic() - begin:.1f} s)")
         self.window.start += time.monotonic() - begin  # throughput is of training
         self.run_time.lap("evaluate")
